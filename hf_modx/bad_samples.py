@@ -1,0 +1,96 @@
+"""Finding the rows that cannot be trained on, before any training."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+from datasets import Dataset
+from PIL import Image, UnidentifiedImageError
+from tqdm.auto import tqdm
+
+from .data import as_captions, check_columns
+from .images import to_rgb
+
+EXAMPLES_NAMED = 5
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """One row that cannot be used.
+
+    Attributes:
+        row: its number in the table that was checked.
+        problem: what is wrong, in words.
+    """
+
+    row: int
+    problem: str
+
+    def __str__(self) -> str:
+        return f"row {self.row}: {self.problem}"
+
+
+def find_bad_samples(dataset: Dataset, image_column: str, caption_column: str, name: str = "") -> list[BadSample]:
+    """Check every row: the image must decode, and there must be a caption that is not empty.
+
+    It costs one pass of decoding, which is what one epoch pays for it too.
+
+    Args:
+        dataset: the table. image_column, caption_column: its columns.
+        name: shown beside the progress bar.
+
+    Raises:
+        ValueError, TypeError: see `check_columns`.
+    """
+    check_columns(dataset, image_column, caption_column)
+    raw = dataset.select_columns([image_column, caption_column])
+    raw = raw.cast_column(image_column, datasets.Image(decode=False))
+    bad = []
+    for row, example in enumerate(tqdm(raw, desc=f"Checking {name}", leave=False, delay=2)):
+        problem = _caption_problem(example[caption_column]) or _image_problem(example[image_column])
+        if problem:
+            bad.append(BadSample(row, problem))
+    return bad
+
+
+def drop_bad_samples(dataset: Dataset, bad: list[BadSample], policy: str, name: str) -> Dataset:
+    """The rows that are left.
+
+    Args:
+        policy: "skip" leaves the bad rows out; "error" refuses them.
+        name: of the part, for the message.
+
+    Raises:
+        ValueError: there are bad rows and the policy is "error", or no row is left.
+    """
+    if not bad:
+        return dataset
+    shown = "; ".join(map(str, bad[:EXAMPLES_NAMED])) + (" ..." if len(bad) > EXAMPLES_NAMED else "")
+    if policy == "error":
+        raise ValueError(
+            f"{len(bad)} of {len(dataset)} rows of {name} cannot be used: {shown}. Mend them, or leave them out with "
+            "bad_samples='skip'."
+        )
+    bad_rows = {sample.row for sample in bad}
+    if len(bad_rows) == len(dataset):
+        raise ValueError(f"No row of {name} can be used: {shown}.")
+    return dataset.select([row for row in range(len(dataset)) if row not in bad_rows])
+
+
+def _caption_problem(value: Any) -> str | None:
+    if value is None:
+        return "the caption is null"
+    return None if as_captions(value) else "the caption is empty"
+
+
+def _image_problem(stored: dict[str, Any] | None) -> str | None:
+    if stored is None:
+        return "the image is null"
+    where = f" ({stored['path']})" if stored.get("path") else ""
+    try:
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
+            to_rgb(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        return f"the image{where} cannot be decoded: {error}"
+    return None

@@ -1,0 +1,146 @@
+"""Image-caption pairs from a `datasets.Dataset` to tensors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from .images import augment_affine_color, to_rgb
+
+
+def as_captions(value: Any) -> list[str]:
+    """The captions of one row: a list of strings from a string or a list; empty ones and nulls are left out."""
+    values = value if isinstance(value, list) else [value]
+    return [caption.strip() for caption in values if isinstance(caption, str) and caption.strip()]
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """Rows of a `datasets.Dataset` as pairs, decoded one at a time from the memory-mapped table.
+
+    Item `epoch * len + row` is the row as it is in that epoch: the epoch travels in the index, so that every random
+    choice made from it is the same in any worker process and after any interruption.
+    """
+
+    def __init__(self, dataset: Dataset, image_column: str, caption_column: str, pair_id_column: str):
+        check_columns(dataset, image_column, caption_column)
+        columns = [image_column, caption_column]
+        self.pair_id_column = pair_id_column if pair_id_column in dataset.column_names else None
+        if self.pair_id_column:
+            columns.append(pair_id_column)
+        self.dataset = dataset.select_columns(columns)
+        self.image_column = image_column
+        self.caption_column = caption_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        epoch, row = divmod(int(index), len(self.dataset))
+        example = self.dataset[row]
+        return {
+            "row_id": row,
+            "epoch": epoch,
+            "pair_id": example[self.pair_id_column] if self.pair_id_column else row,
+            "image": to_rgb(example[self.image_column]),
+            "captions": as_captions(example[self.caption_column]),
+        }
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """All rows in random order, a pure function of (seed, epoch); yields the indices that `PairDataset` takes.
+
+    Args:
+        num_rows: rows of the data set.
+        seed: of this phase's order.
+        current_epoch: asked at the start of each pass.
+    """
+
+    def __init__(self, num_rows: int, seed: int, current_epoch: Callable[[], int]):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.current_epoch = current_epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.current_epoch()
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        return iter((order + epoch * self.num_rows).tolist())
+
+
+class PairCollator:
+    """Pairs to tensors: one caption of several and the augmentation drawn from (seed, epoch, row) alone.
+
+    Args:
+        processing_class: a processor with an image processor and a tokenizer, as `CLIPProcessor`.
+        seed: of this phase's random choices.
+        image_augmentation: "none" or "affine_color".
+
+    Returns, when called with N items of `PairDataset`: `pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
+    (N, T) padded to the longest and truncated to the context, `row_id` and `pair_id` (N,).
+    """
+
+    def __init__(self, processing_class: Any, seed: int = 0, image_augmentation: str = "none"):
+        self.image_processor = processing_class.image_processor
+        self.tokenizer = processing_class.tokenizer
+        self.seed = seed
+        self.image_augmentation = image_augmentation
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        generators = [np.random.default_rng([self.seed, pair["epoch"], pair["row_id"]]) for pair in pairs]
+        captions = [
+            pair["captions"][generator.integers(len(pair["captions"]))]
+            for pair, generator in zip(pairs, generators, strict=True)
+        ]
+        pixel_values = self.pixel_values([pair["image"] for pair in pairs])
+        if self.image_augmentation == "affine_color":
+            pixel_values = augment_affine_color(pixel_values, generators)
+        return {
+            "pixel_values": pixel_values,
+            **self.tokens(captions),
+            "row_id": torch.tensor([pair["row_id"] for pair in pairs]),
+            "pair_id": torch.tensor([pair["pair_id"] for pair in pairs]),
+        }
+
+    def pixel_values(self, images: list) -> Tensor:
+        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+
+    def tokens(self, captions: list[str]) -> dict[str, Tensor]:
+        tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+
+def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> None:
+    """Raise unless the data set is a table with an image column and a caption column.
+
+    Raises:
+        TypeError: not a `datasets.Dataset`, or a column of a wrong type.
+        ValueError: a column is missing; the message names those that there are.
+    """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"Expected a datasets.Dataset, got {type(dataset).__name__}. Pass one split, not streamed: "
+            "load_dataset(..., split='train')."
+        )
+    for option, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"There is no column {column!r} ({option}). The columns are: {', '.join(dataset.column_names)}."
+            )
+    image_feature = dataset.features[image_column]
+    if not isinstance(image_feature, datasets.Image):
+        raise TypeError(
+            f"Column {image_column!r} holds {image_feature}, not images. Cast it first: "
+            f"dataset.cast_column({image_column!r}, datasets.Image())."
+        )
+    caption_feature = dataset.features[caption_column]
+    inner = getattr(caption_feature, "feature", caption_feature)
+    if isinstance(caption_feature, list):
+        inner = caption_feature[0]
+    if getattr(inner, "dtype", None) not in ("string", "large_string"):
+        raise TypeError(f"Column {caption_column!r} holds {caption_feature}, not strings or lists of strings.")

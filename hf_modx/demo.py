@@ -1,0 +1,130 @@
+"""The built-in stream and the small CLIP that is trained on it: everything runs without network or accelerator.
+
+The stream is domain-incremental, the closest that installable packages come to "COCO, then Flickr30K": the base has
+learned the concepts in one style of drawing, and each phase brings the same known concepts in a new style. A fifth of
+the concepts is held out in every style for the tests.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from huggingface_hub import constants
+
+from .demo_data import STYLES, demo_dataset, demo_processor, small_clip, split_concepts
+from .files import publish_folder
+from .phases import Phase, PhaseStream, content_fingerprint
+from .trainer import ModXTrainer
+from .training_args import ModXTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+DEMO_DEFAULTS = {
+    "max_steps": 200,
+    "learning_rate": 5e-4,
+    "per_device_train_batch_size": 128,
+    "per_device_eval_batch_size": 128,
+    "image_augmentation": "affine_color",
+}
+"""Training arguments that suit the built-in stream."""
+
+BASE_MAX_STEPS = 600
+BASE_LEARNING_RATE = 1e-3
+
+
+def demo_stream(seed: int = 0, test_fraction: float = 0.2) -> PhaseStream:
+    """The built-in stream: the base in the first style, a phase for each other style, tests on held-out concepts.
+
+    Args:
+        seed: decides which concepts are held out, the same in every style.
+        test_fraction: the share of concepts held out, stratified by group.
+
+    Raises:
+        ImportError: the packages that carry the drawings are missing: `pip install "hf_modx[demo]"`.
+    """
+    with PartialState().main_process_first():
+        data = demo_dataset()
+    train_rows, test_rows = split_concepts(data[STYLES[0]], test_fraction, seed)
+    base, *phases = (_phase(style, data[style], train_rows, test_rows) for style in STYLES)
+    return PhaseStream(tuple(phases), base=base)
+
+
+def _phase(style: str, drawings: Dataset, train_rows: list[int], test_rows: list[int]) -> Phase:
+    train = drawings.select_columns(["image", "captions", "pair_id"]).rename_column("captions", "caption")
+    test = drawings.select_columns(["image", "test_caption", "pair_id"]).rename_column("test_caption", "caption")
+    return Phase(style, train.select(train_rows), test.select(test_rows))
+
+
+def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_steps: int = BASE_MAX_STEPS) -> str:
+    """Train the small CLIP on the stream's base, or find it in the cache.
+
+    The tokenizer and the weights are cached under a fingerprint of configuration, data, seed and steps, so that all
+    recipes of one seed start from the same weights.
+
+    Args:
+        stream: one with a base.
+        args: seed, batch sizes and augmentation are used; steps and learning rate are the base's own.
+        base_max_steps: optimizer steps.
+
+    Returns:
+        The folder of the model and its processor, for `from_pretrained`.
+    """
+    base = stream.base
+    processor = demo_processor(caption for captions in base.train[args.caption_column] for caption in captions)
+    model = small_clip(processor, seed=args.seed)
+    settings = {
+        "config": model.config.to_dict(),
+        "data": content_fingerprint(base.train),
+        "seed": args.seed,
+        "steps": base_max_steps,
+        "learning_rate": BASE_LEARNING_RATE,
+        "batch": args.contrastive_batch_size,
+        "image_augmentation": args.image_augmentation,
+    }
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    folder = Path(constants.HF_HOME) / "hf_modx" / "bases" / fingerprint
+    state = PartialState()
+    found = folder.exists()
+    state.wait_for_everyone()
+    if not found:
+        logger.warning("Training the base model for %d steps (once, then cached)", base_max_steps)
+        _train_base(model, processor, base, args, base_max_steps, folder)
+    return str(folder)
+
+
+def _train_base(model, processor, base: Phase, args: ModXTrainingArguments, max_steps: int, folder: Path) -> None:
+    state = PartialState()
+    with tempfile.TemporaryDirectory() as scratch:
+        base_args = copy.copy(args)
+        base_args.output_dir = scratch
+        base_args.max_steps = max_steps
+        base_args.learning_rate = BASE_LEARNING_RATE
+        base_args.save_strategy = "no"
+        trainer = ModXTrainer(
+            model=model,
+            args=base_args,
+            train_dataset=base.train,
+            processing_class=processor,
+            loss_callbacks="finetune",
+        )
+        trainer.train()
+    if state.is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".base-", dir=folder.parent))
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        try:
+            publish_folder(temporary, folder)
+        except OSError:
+            # Another run trained the same base meanwhile; its folder is as good.
+            if not os.path.isdir(folder):
+                raise
+            shutil.rmtree(temporary)
+    state.wait_for_everyone()

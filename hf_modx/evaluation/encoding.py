@@ -1,0 +1,115 @@
+"""Embedding a whole test set, sharded over processes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from transformers import EvalPrediction
+
+from ..data import PairCollator, PairDataset
+from ..distributed import all_gather_rows
+from ..embeddings import embed_images, embed_texts
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """A test set of N images and C >= N captions as unit-norm embeddings.
+
+    Attributes:
+        image: (N, D), in the order of the rows.
+        text: (C, D), every caption of every row.
+        image_ids: (N,), the pair id of each image.
+        text_ids: (C,), the pair id of each caption.
+        text_rows: (C,), the row that each caption belongs to.
+    """
+
+    image: Tensor
+    text: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    text_rows: Tensor
+
+    def first_captions(self) -> Tensor:
+        """(N,) indices into `text`: the first caption of each row."""
+        return torch.searchsorted(self.text_rows, torch.arange(len(self.image), device=self.text_rows.device))
+
+    def as_predictions(self) -> EvalPrediction:
+        """What a `compute_metrics` function receives."""
+        return EvalPrediction(
+            predictions=(self.image.cpu().numpy(), self.text.cpu().numpy()),
+            label_ids=(self.image_ids.cpu().numpy(), self.text_ids.cpu().numpy()),
+        )
+
+
+@torch.no_grad()
+def encode_pairs(
+    dual_encoder: nn.Module,
+    dataset: PairDataset,
+    collator: PairCollator,
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> EncodedPairs:
+    """Embed all images and ALL captions of a test set. The result is the same on every process.
+
+    The model is used unwrapped and is neither prepared nor switched to another mode.
+
+    Raises:
+        ValueError: the test set has fewer rows than there are processes.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if len(dataset) < world_size:
+        raise ValueError(f"A test set of {len(dataset)} rows is too small for {world_size} processes.")
+    loader = DataLoader(
+        Subset(dataset, range(rank, len(dataset), world_size)),
+        batch_size=batch_size,
+        collate_fn=_AllCaptions(collator),
+        num_workers=num_workers,
+    )
+    shards: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "rows", "ids", "text_rows", "text_ids")}
+    for batch in loader:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        shards["image"].append(embed_images(dual_encoder, batch.pop("pixel_values")))
+        texts = [
+            embed_texts(dual_encoder, batch["input_ids"][at : at + batch_size], mask)
+            for at, mask in _slices(batch.pop("attention_mask"), batch_size)
+        ]
+        shards["text"].append(torch.cat(texts))
+        for name in ("rows", "ids", "text_rows", "text_ids"):
+            shards[name].append(batch[name])
+    whole = {name: all_gather_rows(torch.cat(parts)) for name, parts in shards.items()}
+    order, text_order = whole["rows"].argsort(), whole["text_rows"].argsort(stable=True)
+    return EncodedPairs(
+        image=whole["image"][order],
+        text=whole["text"][text_order],
+        image_ids=whole["ids"][order],
+        text_ids=whole["text_ids"][text_order],
+        text_rows=whole["text_rows"][text_order],
+    )
+
+
+def _slices(tensor: Tensor, size: int) -> list[tuple[int, Tensor]]:
+    return [(start, tensor[start : start + size]) for start in range(0, len(tensor), size)]
+
+
+class _AllCaptions:
+    """Collate with every caption of a row instead of one; no augmentation."""
+
+    def __init__(self, collator: PairCollator):
+        self.collator = collator
+
+    def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        captions = [(caption, pair) for pair in pairs for caption in pair["captions"]]
+        return {
+            "pixel_values": self.collator.pixel_values([pair["image"] for pair in pairs]),
+            **self.collator.tokens([caption for caption, _ in captions]),
+            "rows": torch.tensor([pair["row_id"] for pair in pairs]),
+            "ids": torch.tensor([pair["pair_id"] for pair in pairs]),
+            "text_rows": torch.tensor([pair["row_id"] for _, pair in captions]),
+            "text_ids": torch.tensor([pair["pair_id"] for _, pair in captions]),
+        }

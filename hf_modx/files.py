@@ -1,0 +1,34 @@
+"""Writing files so that a reader sees the old or the new content, never a part."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name, flush to the disk, rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """The content, or None where there is no such file."""
+    if not path.exists():
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Flush every file of a complete folder and give it its final name in one step."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+    os.replace(temporary, final)

@@ -1,0 +1,53 @@
+"""From any stored image to RGB, and random augmentation of a batch."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB from any mode: EXIF rotation applied, transparency laid on white, 16 bits scaled to 8, the first
+    frame of an animation."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        pixels = np.asarray(image, dtype=np.float32)
+        largest = 65535.0 if pixels.max(initial=0) > 255 else 255.0
+        image = Image.fromarray((pixels.clip(0, largest) * (255.0 / largest)).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def augment_affine_color(pixel_values: Tensor, generators: Sequence[np.random.Generator]) -> Tensor:
+    """Random rotation (up to 20 degrees), scale (0.8 to 1.2), shift (up to 10 %), brightness, contrast, colour mix and,
+    for one image in five, greyscale or a negative.
+
+    Args:
+        pixel_values: (N, 3, H, W), normalised; the border is repeated where the image is moved away.
+        generators: N random generators; image i depends on generator i alone.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    draws = torch.from_numpy(np.stack([generator.uniform(-1.0, 1.0, size=12) for generator in generators])).float()
+    angle = draws[:, 0] * math.radians(20)
+    scale = 1.0 + 0.2 * draws[:, 1]
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    theta = torch.stack(
+        [torch.stack([cos, -sin, 0.2 * draws[:, 2]], dim=1), torch.stack([sin, cos, 0.2 * draws[:, 3]], dim=1)], dim=1
+    )
+    grid = F.affine_grid(theta, list(pixel_values.shape), align_corners=False)
+    images = F.grid_sample(pixel_values, grid, padding_mode="border", align_corners=False)
+    grey = (draws[:, 4] > 0.6).float()[:, None, None, None]
+    images = grey * images.mean(dim=1, keepdim=True) + (1 - grey) * images
+    negative = torch.where(draws[:, 5] > 0.6, -1.0, 1.0)[:, None, None, None]
+    contrast = 1.0 + 0.3 * draws[:, 6, None, None, None]
+    tint = 1.0 + 0.3 * draws[:, 7:10, None, None]
+    brightness = 0.3 * draws[:, 10, None, None, None]
+    return images * negative * contrast * tint + brightness

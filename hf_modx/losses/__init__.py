@@ -1,0 +1,7 @@
+"""Losses as pure functions of embeddings: no model, no Trainer, no process group."""
+
+from .contrastive import info_nce
+from .distillation import AffinityDistillation, affinity_distillation
+from .modx import ModXLoss, modx_loss
+
+__all__ = ["AffinityDistillation", "ModXLoss", "affinity_distillation", "info_nce", "modx_loss"]

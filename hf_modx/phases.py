@@ -1,0 +1,277 @@
+"""A stream of phases: data that arrives in portions, each with a training and a test part."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image
+
+TRAIN, TEST = "_train", "_test"
+FINGERPRINT_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One portion of the stream.
+
+    Attributes:
+        name: appears in the matrix and in file names' metadata.
+        train: the pairs to learn.
+        test: held-out pairs; None where the phase brings no test of its own.
+    """
+
+    name: str
+    train: Dataset
+    test: Dataset | None = None
+
+    def __post_init__(self):
+        for part in (self.train, self.test):
+            if part is not None and len(part) == 0:
+                which = "training" if part is self.train else "test"
+                raise ValueError(f"Phase {self.name!r} has an empty {which} part.")
+
+
+@dataclass(frozen=True)
+class PhaseStream:
+    """Phases in the order in which they are learned.
+
+    Make one with `from_splits`, `from_column`, `from_time` or `random`; all are deterministic, and the data stay in
+    their memory-mapped tables.
+
+    Attributes:
+        phases: at least one.
+        base: what the model knew before the first phase, where that is known: its test becomes part of the matrix and
+            joint training uses its pairs.
+        extra_tests: tests that no phase teaches, by name.
+    """
+
+    phases: tuple[Phase, ...]
+    base: Phase | None = None
+    extra_tests: Mapping[str, Dataset] = field(default_factory=dict)
+
+    def __post_init__(self):
+        object.__setattr__(self, "phases", tuple(self.phases))
+        if not self.phases:
+            raise ValueError("A stream needs at least one phase.")
+        names = [phase.name for phase in self.all_phases()] + list(self.extra_tests)
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"The names {', '.join(map(repr, repeated))} stand for more than one phase or test.")
+        self._refuse_overlap()
+
+    def __len__(self) -> int:
+        return len(self.phases)
+
+    def __iter__(self) -> Iterator[Phase]:
+        return iter(self.phases)
+
+    def all_phases(self) -> list[Phase]:
+        """The base, if there is one, and the phases."""
+        return [*([self.base] if self.base else []), *self.phases]
+
+    def tests(self) -> dict[str, tuple[Dataset, int | None]]:
+        """Name -> (test set, number of the phase that teaches it; 0 the base, None never)."""
+        found: dict[str, tuple[Dataset, int | None]] = {}
+        if self.base is not None and self.base.test is not None:
+            found[self.base.name] = (self.base.test, 0)
+        for number, phase in enumerate(self.phases, start=1):
+            if phase.test is not None:
+                found[phase.name] = (phase.test, number)
+        found.update({name: (dataset, None) for name, dataset in self.extra_tests.items()})
+        return found
+
+    def map_parts(self, change) -> "PhaseStream":
+        """The same stream with `change(name, part)` in the place of every training and test set; the name is the
+        phase's and the part's, as in "phase_1 (train)"."""
+
+        def changed(phase: Phase | None) -> Phase | None:
+            if phase is None:
+                return None
+            test = None if phase.test is None else change(f"{phase.name} (test)", phase.test)
+            return replace(phase, train=change(f"{phase.name} (train)", phase.train), test=test)
+
+        extra = {name: change(f"{name} (test)", dataset) for name, dataset in self.extra_tests.items()}
+        return PhaseStream(tuple(changed(phase) for phase in self.phases), changed(self.base), extra)
+
+    def _refuse_overlap(self) -> None:
+        """The same table twice among training parts, or as training and as test part, is a mistake in the split."""
+        seen: dict[str, str] = {}
+        for phase in self.all_phases():
+            for part in filter(None, (phase.train, phase.test)):
+                other = seen.setdefault(part._fingerprint, phase.name)
+                if other != phase.name or (part is phase.test and part._fingerprint == phase.train._fingerprint):
+                    raise ValueError(f"Phases {other!r} and {phase.name!r} overlap: a part of both is the same table.")
+
+    @classmethod
+    def from_splits(
+        cls,
+        splits: DatasetDict | Mapping[str, Dataset],
+        phase_splits: Sequence[str] | None = None,
+        test_splits: Sequence[str] | None = None,
+        test_fraction: float = 0.0,
+        seed: int = 0,
+    ) -> "PhaseStream":
+        """Phases from named splits.
+
+        Args:
+            splits: the data. Without `phase_splits`, splits named `X_train` and `X_test` are the parts of phase X, in
+                the order stored; an `X_test` without `X_train` is a test that no phase teaches.
+            phase_splits: the training splits in order.
+            test_splits: as many test splits, in the order of the phases.
+            test_fraction: without test splits, the random share of each phase that is held out.
+            seed: of the held-out share.
+
+        Raises:
+            ValueError: unknown or repeated splits, empty or overlapping parts.
+        """
+        if phase_splits is None:
+            return cls._from_named_pairs(splits, test_fraction, seed)
+        for names in (phase_splits, test_splits or []):
+            unknown = [name for name in names if name not in splits]
+            if unknown:
+                raise ValueError(f"There is no split {', '.join(unknown)}. The splits are: {', '.join(splits)}.")
+        used = [*phase_splits, *(test_splits or [])]
+        repeated = sorted({name for name in used if used.count(name) > 1})
+        if repeated:
+            raise ValueError(f"The splits {', '.join(repeated)} are used more than once: the parts would overlap.")
+        if test_splits is not None and len(test_splits) != len(phase_splits):
+            raise ValueError(f"{len(phase_splits)} phase splits need as many test splits, got {len(test_splits)}.")
+        if test_splits is None:
+            return cls(tuple(_hold_out(name, splits[name], test_fraction, seed) for name in phase_splits))
+        parts = zip(phase_splits, test_splits, strict=True)
+        return cls(tuple(Phase(name, splits[name], splits[test]) for name, test in parts))
+
+    @classmethod
+    def _from_named_pairs(cls, splits: Mapping[str, Dataset], test_fraction: float, seed: int) -> "PhaseStream":
+        names = [name.removesuffix(TRAIN) for name in splits if name.endswith(TRAIN)]
+        if not names:
+            raise ValueError(
+                f"No split is named ..._train. The splits are: {', '.join(splits)}. Name the phases with phase_splits."
+            )
+        phases = []
+        for name in names:
+            if name + TEST in splits:
+                phases.append(Phase(name, splits[name + TRAIN], splits[name + TEST]))
+            else:
+                phases.append(_hold_out(name, splits[name + TRAIN], test_fraction, seed))
+        extra = {
+            split.removesuffix(TEST): splits[split]
+            for split in splits
+            if split.endswith(TEST) and split.removesuffix(TEST) not in names
+        }
+        return cls(tuple(phases), extra_tests=extra)
+
+    @classmethod
+    def from_column(
+        cls,
+        dataset: Dataset,
+        column: str,
+        *,
+        order: Sequence | None = None,
+        test_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> "PhaseStream":
+        """One phase for each value of a column: class- or domain-incremental.
+
+        Args:
+            dataset: all pairs.
+            column: strings or integers without nulls.
+            order: the values in the order of the phases; values left out are not used. Default: in the order of their
+                first appearance.
+            test_fraction: random share of each phase that is held out.
+            seed: of the held-out share.
+
+        Raises:
+            ValueError: no such column, nulls in it, or a value of `order` that does not occur.
+        """
+        values = _column(dataset, column)
+        order = list(dict.fromkeys(values)) if order is None else list(order)
+        rows: dict = {value: [] for value in order}
+        for row, value in enumerate(values):
+            if value in rows:
+                rows[value].append(row)
+        absent = [value for value in order if not rows[value]]
+        if absent:
+            raise ValueError(f"Column {column!r} never holds {', '.join(map(repr, absent))}: those phases are empty.")
+        return cls(tuple(_hold_out(str(v), dataset.select(rows[v]), test_fraction, seed) for v in order))
+
+    @classmethod
+    def from_time(
+        cls, dataset: Dataset, column: str, num_phases: int, *, test_fraction: float = 0.1, seed: int = 0
+    ) -> "PhaseStream":
+        """Equal portions in the order of a time column (dates, timestamps or numbers); rows of one time stay in the
+        order stored.
+
+        Raises:
+            ValueError: no such column, nulls in it, or fewer rows than phases.
+        """
+        order = np.argsort(np.array(_column(dataset, column)), kind="stable")
+        return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
+
+    @classmethod
+    def random(cls, dataset: Dataset, num_phases: int, seed: int = 0, *, test_fraction: float = 0.1) -> "PhaseStream":
+        """Random equal parts: instance-incremental, as the Mod-X paper's Flickr30K stream.
+
+        Raises:
+            ValueError: fewer rows than phases.
+        """
+        order = np.random.default_rng(seed).permutation(len(dataset))
+        return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
+
+    @classmethod
+    def _equal_parts(
+        cls, dataset: Dataset, order: np.ndarray, num_phases: int, test_fraction: float, seed: int
+    ) -> "PhaseStream":
+        if not 1 <= num_phases <= len(dataset):
+            raise ValueError(f"{len(dataset)} rows cannot make {num_phases} phases.")
+        parts = np.array_split(order, num_phases)
+        return cls(
+            tuple(
+                _hold_out(f"phase_{number}", dataset.select(rows), test_fraction, seed)
+                for number, rows in enumerate(parts, start=1)
+            )
+        )
+
+
+def content_fingerprint(dataset: Dataset) -> str:
+    """A hash of what a table holds, whatever file it comes from: the number of rows, the columns, and up to 64 rows
+    spread evenly over it (images as stored, undecoded)."""
+    for column, feature in dataset.features.items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    digest = hashlib.sha256(repr((len(dataset), dataset.column_names)).encode())
+    for row in np.linspace(0, len(dataset) - 1, min(FINGERPRINT_ROWS, len(dataset)), dtype=int):
+        digest.update(repr(sorted((name, _stored(value)) for name, value in dataset[int(row)].items())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _stored(value):
+    """An undecoded image without the folder that it lies in."""
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return value["bytes"] or os.path.basename(value["path"] or "")
+    return value
+
+
+def _column(dataset: Dataset, column: str) -> list:
+    if column not in dataset.column_names:
+        raise ValueError(f"There is no column {column!r}. The columns are: {', '.join(dataset.column_names)}.")
+    values = list(dataset[column])
+    if any(value is None for value in values):
+        row = next(row for row, value in enumerate(values) if value is None)
+        raise ValueError(f"Column {column!r} has nulls (first in row {row}): every row needs a phase.")
+    return values
+
+
+def _hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:
+    """Split a random share off as test part; a share of 0 means no test."""
+    if not 0 <= test_fraction < 1:
+        raise ValueError(f"test_fraction must be in [0, 1), got {test_fraction}.")
+    if test_fraction == 0:
+        return Phase(name, dataset)
+    num_test = max(1, round(len(dataset) * test_fraction))
+    if num_test >= len(dataset):
+        raise ValueError(f"Phase {name!r} has {len(dataset)} rows: too few to hold out {test_fraction:.0%} of them.")
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    return Phase(name, dataset.select(np.sort(order[num_test:])), dataset.select(np.sort(order[:num_test])))

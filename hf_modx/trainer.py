@@ -1,0 +1,372 @@
+"""The Trainer of one phase."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers.trainer_utils import speed_metrics
+
+from .callbacks import LogitScaleClamp, LossCallback, LossContext, check_recipe
+from .data import EpochSampler, PairCollator, PairDataset
+from .distributed import all_gather_rows
+from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs
+from .evaluation.encoding import encode_pairs
+from .evaluation.retrieval import retrieval_metrics
+from .losses import info_nce
+from .recipes import build_recipe
+from .teacher import Teacher
+from .training_args import ModXTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+LOSS_CALLBACKS_NAME = "loss_callbacks.safetensors"
+TEXT_TOWER = ("text_model.", "text_projection.")
+VISION_TOWER = ("vision_model.", "visual_projection.")
+
+
+class ModXTrainer(Trainer):
+    """Fine-tune a dual encoder for one phase, with loss callbacks and the old model as frozen teacher.
+
+    The parameters are `Trainer`'s, in its order, and two more. Data sets are `datasets.Dataset`s with an image and a
+    caption column (named in the arguments); every example of the global batch is a negative of every other, whatever
+    the number of processes.
+
+    Args:
+        args: `ModXTrainingArguments`.
+        processing_class: a processor with an image processor and a tokenizer, for instance `CLIPProcessor`.
+        data_collator: replaces image and caption columns altogether: the stock data path is used, and the collator
+            returns `pixel_values`, `input_ids`, `attention_mask` and, if it likes, `pair_id` and `row_id`.
+        compute_metrics: called in evaluation beside the retrieval metrics, with `predictions = (image embeddings,
+            text embeddings)` and `label_ids = (image ids, text ids)`.
+        loss_callbacks: the name of a recipe, or a list of `LossCallback`s; they join the Trainer's callbacks. A
+            callback added later with `add_callback` counts as well.
+        teacher: the old model. None takes a frozen copy, in memory, of the model as it is handed over.
+
+    Raises:
+        TypeError: the model is no dual encoder, or a data set or column is of a wrong type.
+        ValueError: a missing column, a batch of one pair, a recipe without or with two contrastive terms.
+    """
+
+    # The loss is a mean over the batch: the Trainer divides by the number of accumulated batches. A `labels` column
+    # must not change that.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: ModXTrainingArguments | None = None,
+        data_collator: Callable | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable | None = None,
+        compute_metrics: Callable[[EvalPrediction], dict] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        optimizer_cls_and_kwargs: tuple | None = None,
+        preprocess_logits_for_metrics: Callable | None = None,
+        loss_callbacks: str | list[LossCallback] = "modx",
+        teacher: nn.Module | None = None,
+    ):
+        args = args if args is not None else ModXTrainingArguments(output_dir="tmp_trainer")
+        _refuse(compute_loss_func, "compute_loss_func", "Write a LossCallback and pass it in loss_callbacks.")
+        _refuse(preprocess_logits_for_metrics, "preprocess_logits_for_metrics", "There are no logits to preprocess.")
+        if model is not None:
+            check_dual_encoder(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.label_names = []
+        self.can_return_loss = True
+        self._uses_columns = data_collator is None
+        if self._uses_columns:
+            self.data_collator = self._pair_collator()
+        self._check_batch()
+        self._freeze_towers()
+        self.add_callback(LogitScaleClamp(args.max_log_logit_scale))
+        for callback in build_recipe(loss_callbacks) if isinstance(loss_callbacks, str) else loss_callbacks:
+            self.add_callback(callback)
+        self.teacher = Teacher(teacher) if teacher is not None else None
+        self._phase_start: dict[str, Tensor] = {}
+        self._remember_phase_start()
+        self._records: dict[str, tuple[Tensor, int]] = {}
+
+    @property
+    def loss_callbacks(self) -> list[LossCallback]:
+        """The loss callbacks that are live: those among the Trainer's callbacks."""
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LossCallback)]
+
+    # ---- Training ----
+
+    def train(self, *args, **kwargs):
+        check_recipe(self.loss_callbacks)
+        self._remember_phase_start()
+        # An evaluation marks the model as prepared; training would then go on without DDP and the processes would
+        # drift apart in silence.
+        self.model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.teacher is not None:
+            self.teacher.prepare(self.accelerator)
+        return prepared
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ):
+        """The sum of all loss terms on the global batch; the same value on every process."""
+        student = self._gather(embed_pairs(model, self._dual_encoder, inputs))
+        teacher = self._gather(self.teacher.embed(inputs)) if self._needs_teacher else None
+        context = self._context(inputs, len(student.image))
+        terms: dict[str, Tensor] = {}
+        for callback in self.loss_callbacks:
+            for name, term in callback.loss_terms(student, teacher, context).items():
+                if name in terms:
+                    raise ValueError(f"Two loss callbacks name a term {name!r}: rename one of them.")
+                terms[name] = term
+        self._record({**terms, **context.metrics})
+        loss = torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        return (loss, student) if return_outputs else loss
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches of pairs in an order that depends on (data seed, epoch) alone."""
+        if not self._uses_columns:
+            return super().get_train_dataloader()
+        if self.train_dataset is None:
+            raise ValueError("Training requires a train_dataset.")
+        dataset = self._pairs(self.train_dataset)
+        workers = self.args.dataloader_num_workers
+        return self.accelerator.prepare(
+            DataLoader(
+                dataset,
+                batch_size=self._train_batch_size,
+                sampler=EpochSampler(len(dataset), self._data_seed, lambda: int(self.state.epoch or 0)),
+                collate_fn=self.data_collator,
+                num_workers=workers,
+                prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+                pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+                persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+                drop_last=self.args.dataloader_drop_last and len(dataset) >= self.args.contrastive_batch_size,
+            )
+        )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        names = super().get_decay_parameter_names(model)
+        if self.args.decay_logit_scale:
+            return names
+        return [name for name in names if not name.endswith("logit_scale")]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if created and self.args.text_learning_rate is not None:
+            _give_own_learning_rate(optimizer, self._tower_parameters(TEXT_TOWER), self.args.text_learning_rate)
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
+            logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
+            self._records = {}
+        super().log(logs, start_time)
+
+    # ---- Evaluation ----
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Retrieval on the whole test set: `{prefix}_image_to_text_recall@1` and so on, fractions in [0, 1], and
+        `{prefix}_loss`, the InfoNCE over all its pairs (first captions). Sharded over processes, identical on each."""
+        eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        if isinstance(eval_dataset, dict):
+            metrics = {}
+            for name, dataset in eval_dataset.items():
+                metrics.update(self.evaluate(dataset, ignore_keys, f"{metric_key_prefix}_{name}"))
+            return metrics
+        if eval_dataset is None:
+            raise ValueError("Evaluation requires an eval_dataset.")
+        start = time.time()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._retrieval(eval_dataset).items()}
+        metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _retrieval(self, dataset: Dataset) -> dict[str, float]:
+        was_training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            encoded = encode_pairs(
+                self._dual_encoder,
+                self._pairs(dataset),
+                self._pair_collator(),
+                batch_size=self.args.eval_batch_size,
+                num_workers=self.args.dataloader_num_workers,
+                device=self.args.device,
+            )
+        self.model.train(was_training)
+        metrics = retrieval_metrics(encoded.image, encoded.text, encoded.image_ids, encoded.text_ids)
+        first = encoded.first_captions()
+        scale = self._dual_encoder.logit_scale.detach().exp()
+        loss = info_nce(encoded.image, encoded.text[first], scale, pair_ids=encoded.image_ids, chunk_size=1024)
+        metrics["loss"] = loss.item()
+        if self.compute_metrics is not None:
+            metrics.update(self.compute_metrics(encoded.as_predictions()))
+        return metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """For `predict`: the two embeddings of the batch instead of batch-local logits."""
+        with torch.no_grad(), self.accelerator.autocast():
+            embeddings = embed_pairs(model, self._dual_encoder, self._prepare_inputs(inputs))
+        return None, (embeddings.image.float(), embeddings.text.float()), None
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        return super().get_test_dataloader(self._pairs(test_dataset) if self._uses_columns else test_dataset)
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the stock files: trainer_state.json, which marks the checkpoint as complete, is written by those.
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            os.makedirs(folder, exist_ok=True)
+            state = {
+                f"{index}.{type(callback).__name__}.{name}": tensor.detach().cpu().contiguous()
+                for index, callback in enumerate(self.loss_callbacks)
+                for name, tensor in callback.state_dict().items()
+            }
+            save_file(state, os.path.join(folder, LOSS_CALLBACKS_NAME))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME)
+        state = load_file(path) if os.path.exists(path) else {}
+        for index, callback in enumerate(self.loss_callbacks):
+            prefix = f"{index}.{type(callback).__name__}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            callback.load_state_dict(own)
+
+    # ---- Parts ----
+
+    @property
+    def _dual_encoder(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _data_seed(self) -> int:
+        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return any(callback.needs_teacher for callback in self.loss_callbacks)
+
+    def _remember_phase_start(self) -> None:
+        """Take what the loss callbacks need of the weights as they are now, once."""
+        if self._needs_teacher and self.teacher is None:
+            self.teacher = Teacher(self.model)
+        if any(callback.needs_phase_start for callback in self.loss_callbacks) and not self._phase_start:
+            self._phase_start = {
+                name: parameter.detach().clone()
+                for name, parameter in self.model.named_parameters()
+                if parameter.requires_grad
+            }
+
+    def _gather(self, local: PairEmbeddings) -> PairEmbeddings:
+        return PairEmbeddings(all_gather_rows(local.image), all_gather_rows(local.text), local.logit_scale)
+
+    def _context(self, inputs: dict[str, Tensor], num_rows: int) -> LossContext:
+        if "row_id" in inputs:
+            row_ids = all_gather_rows(inputs["row_id"])
+        else:
+            row_ids = torch.arange(num_rows, device=inputs["input_ids"].device)
+        return LossContext(
+            model=self._dual_encoder,
+            batch=inputs,
+            pair_ids=all_gather_rows(inputs["pair_id"]) if "pair_id" in inputs else row_ids,
+            row_ids=row_ids,
+            step=self.state.global_step,
+            epoch=self.state.epoch or 0.0,
+            phase_start=self._phase_start,
+        )
+
+    def _record(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            total, count = self._records.get(name, (torch.zeros((), device=value.device), 0))
+            self._records[name] = (total + value.detach(), count + 1)
+
+    def _pairs(self, dataset: Dataset) -> PairDataset:
+        return PairDataset(dataset, self.args.image_column, self.args.caption_column, self.args.pair_id_column)
+
+    def _pair_collator(self) -> PairCollator:
+        if self.processing_class is None:
+            raise ValueError("ModXTrainer needs a processing_class, for instance CLIPProcessor.from_pretrained(...).")
+        return PairCollator(self.processing_class, self._data_seed, self.args.image_augmentation)
+
+    def _check_batch(self) -> None:
+        if self.train_dataset is None:
+            return
+        if self._uses_columns:
+            self._pairs(self.train_dataset)
+        pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
+        if pairs < 2:
+            raise ValueError(
+                f"A contrastive batch of {pairs} pair has no negatives: raise per_device_train_batch_size "
+                f"(now {self.args.per_device_train_batch_size}) or give more data (now {len(self.train_dataset)} rows)."
+            )
+
+    def _freeze_towers(self) -> None:
+        frozen = [*self.args.freeze_vision_model * VISION_TOWER[:1], *self.args.freeze_text_model * TEXT_TOWER[:1]]
+        for parameter in self._tower_parameters(tuple(frozen)):
+            parameter.requires_grad_(False)
+
+    def _tower_parameters(self, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
+        parameters = [parameter for name, parameter in self.model.named_parameters() if name.startswith(prefixes)]
+        if prefixes and not parameters:
+            raise ValueError(f"{type(self.model).__name__} has no parameters named {' or '.join(prefixes)}...")
+        return parameters
+
+
+def _refuse(value: Any, name: str, remedy: str) -> None:
+    if value is not None:
+        raise ValueError(f"ModXTrainer takes no {name}. {remedy}")
+
+
+def _give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
+    """Move the parameters out of the optimizer's groups into groups of their own with another learning rate."""
+    chosen = {id(parameter) for parameter in parameters}
+    for group in list(optimizer.param_groups):
+        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": rate})

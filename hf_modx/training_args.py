@@ -1,0 +1,99 @@
+"""Arguments of one phase of training."""
+
+import math
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class ModXTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what image-caption pairs and two towers need.
+
+    Steps and epochs are per phase. The defaults of the optimizer are those of the Mod-X code (AdamW, weight decay 0.1,
+    20 % linear warm-up, cosine), except the learning rate, which suits a pretrained start of a few epochs.
+
+    Raises:
+        ValueError: a value out of its range, named with the remedy.
+    """
+
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    caption_column: str = field(
+        default="caption", metadata={"help": "Column of the captions: strings, or lists of strings."}
+    )
+    pair_id_column: str = field(
+        default="pair_id",
+        metadata={
+            "help": "Integer column, used where the data has it: rows of one id (the same product or concept) are no "
+            "negatives of each other, in the loss, in screening and in the tests."
+        },
+    )
+    bad_samples: str = field(
+        default="error",
+        metadata={
+            "help": "Images that cannot be decoded and captions that are missing or empty: 'error' refuses to start "
+            "and names them, 'skip' leaves them out and counts them in results.json.",
+            "choices": ["error", "skip"],
+        },
+    )
+    image_augmentation: str = field(
+        default="none",
+        metadata={
+            "help": "'affine_color': random rotation, scale, shift and colour of training images.",
+            "choices": ["none", "affine_color"],
+        },
+    )
+    text_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the text tower and its projection; default: learning_rate."}
+    )
+    freeze_vision_model: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
+    freeze_text_model: bool = field(default=False, metadata={"help": "Do not train the text tower."})
+    decay_logit_scale: bool = field(
+        default=False,
+        metadata={"help": "Apply weight decay to logit_scale too, as the authors' code and the stock Trainer do."},
+    )
+    max_logit_scale: float = field(
+        default=100.0, metadata={"help": "The factor on the cosines is clamped to [1, this] after every step."}
+    )
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of the optimizer."})
+    weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices."})
+    warmup_steps: float = field(
+        default=0.2, metadata={"help": "Linear warm-up: a number of steps, or below 1 a share of all steps."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "The learning rate scheduler."})
+    per_device_train_batch_size: int = field(
+        default=64, metadata={"help": "Training pairs a process. Negatives come from the batches of all processes."}
+    )
+    per_device_eval_batch_size: int = field(default=64, metadata={"help": "Images or captions embedded at once."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept inside a phase."})
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={
+            "help": "Drop the last, smaller batch of an epoch. Ignored where a phase is smaller than one global batch."
+        },
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: images are read from columns."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "As in TrainingArguments."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.bad_samples not in ("error", "skip"):
+            raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
+        if self.image_augmentation not in ("none", "affine_color"):
+            raise ValueError(f"image_augmentation must be 'none' or 'affine_color', got {self.image_augmentation!r}.")
+        if self.max_logit_scale < 1:
+            raise ValueError(f"max_logit_scale must be at least 1, got {self.max_logit_scale}.")
+        if self.freeze_vision_model and self.freeze_text_model:
+            raise ValueError("freeze_vision_model and freeze_text_model together leave nothing to train.")
+
+    @property
+    def max_log_logit_scale(self) -> float:
+        """The bound on the `logit_scale` parameter itself, which is a logarithm."""
+        return math.log(self.max_logit_scale)
+
+    @property
+    def contrastive_batch_size(self) -> int:
+        """Pairs that see each other as negatives in one step: the batches of all processes."""
+        return self.train_batch_size * self.world_size
