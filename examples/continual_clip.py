@@ -1,0 +1,188 @@
+"""Continually fine-tune a CLIP model on image-caption data that arrives in phases.
+
+With no arguments: the built-in stream (drawings of the same concepts in one style after the other), a small CLIP
+trained on the first style, and Mod-X on the others. Needs `pip install "hf_modx[demo]"`, no network, no accelerator.
+
+    accelerate launch examples/continual_clip.py
+
+Plain fine-tuning and the joint upper bound on the same start weights:
+
+    accelerate launch examples/continual_clip.py --recipe finetune
+    accelerate launch examples/continual_clip.py --recipe joint
+
+Your own data, one phase for each value of a column, starting from a pretrained CLIP:
+
+    accelerate launch examples/continual_clip.py --model_name_or_path openai/clip-vit-base-patch32 \
+        --dataset_name my_folder --caption_column text --phase_column month --num_train_epochs 5
+
+The same from a file, flags override it:
+
+    accelerate launch examples/continual_clip.py config.yaml --seed 1
+
+Run the command again after an interruption: finished phases are kept, the phase begun goes on from its checkpoint.
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream
+from hf_modx.cli import parse_arguments
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, demo_stream, trained_base
+from hf_modx.evaluation import EvaluationMatrix
+
+logger = logging.getLogger("hf_modx.example")
+
+
+@dataclass
+class ScriptArguments:
+    """What to learn, from what, and how."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "A CLIP model. Default: the small CLIP trained on the stream's base."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A data set on the Hub, a folder written by save_to_disk, an image folder with metadata, or "
+            "parquet files. Default: the built-in drawings."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "The split that is cut into phases. Default: train, or the only one."}
+    )
+    phase_column: str | None = field(
+        default=None, metadata={"help": "One phase for each value; with --num_phases, equal parts in its order (time)."}
+    )
+    num_phases: int | None = field(default=None, metadata={"help": "Number of equal parts, random without a column."})
+    phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
+    test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
+    test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
+    recipe: str = field(default="modx", metadata={"help": "How to learn and what to keep.", "choices": list(RECIPES)})
+    recipe_args: str = field(default="{}", metadata={"help": "Options of the recipe as JSON: '{\"alpha\": 20}'"})
+    base_max_steps: int = field(
+        default=BASE_MAX_STEPS, metadata={"help": "Steps of the small CLIP before the first phase."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "At most so many pairs a phase."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "At most so many pairs a test."})
+    dry_run: bool = field(default=False, metadata={"help": "Print phases, sizes and steps; train nothing."})
+
+    def __post_init__(self):
+        try:
+            self.recipe_options = json.loads(self.recipe_args)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--recipe_args must be JSON like '{{\"alpha\": 20}}': {error}") from error
+        if not isinstance(self.recipe_options, dict):
+            raise ValueError("--recipe_args must be a JSON object like '{\"alpha\": 20}'.")
+
+
+def main(argv: list[str]) -> EvaluationMatrix | None:
+    script, args = parse_arguments((ScriptArguments, ModXTrainingArguments), argv, defaults)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    stream = load_stream(script, args)
+    model = script.model_name_or_path
+    if script.dry_run:
+        print(plan(stream, script, args))
+        return None
+    if model is None:
+        if stream.base is None:
+            raise SystemExit("Give --model_name_or_path with your own data: the small CLIP knows only the built-in one.")
+        model = trained_base(stream, args, script.base_max_steps)
+    run = ContinualRun(
+        stream,
+        script.recipe,
+        args,
+        model=model,
+        revision=script.model_revision,
+        recipe_args=script.recipe_options,
+    )
+    matrix = run.run()
+    if args.process_index == 0:
+        print(report(run, matrix))
+    return matrix
+
+
+def defaults(chosen) -> dict:
+    """The output folder names the recipe and the seed; the built-in data have settings that suit them."""
+    settings = {} if chosen.dataset_name else dict(DEMO_DEFAULTS)
+    return {**settings, "output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
+
+
+def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseStream:
+    if script.dataset_name is None:
+        stream = demo_stream(args.seed)
+    else:
+        stream = cut_into_phases(load_data(script.dataset_name, script.dataset_config_name, args), script, args.seed)
+
+    def at_most(name: str, part: Dataset) -> Dataset:
+        limit = script.max_eval_samples if name.endswith("(test)") else script.max_train_samples
+        if limit is None or limit >= len(part):
+            return part
+        return part.shuffle(seed=args.seed).select(range(limit))
+
+    return stream.map_parts(at_most)
+
+
+def load_data(name: str, config: str | None, args: ModXTrainingArguments) -> DatasetDict:
+    path = Path(name)
+    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+        data = load_from_disk(name)
+        data = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
+    elif path.suffix == ".parquet":
+        data = load_dataset("parquet", data_files=name)
+    else:
+        data = load_dataset(name, config)
+    return DatasetDict({split: with_images(dataset, args.image_column) for split, dataset in data.items()})
+
+
+def with_images(dataset: Dataset, column: str) -> Dataset:
+    """Paths and bytes, as parquet files hold them, become images."""
+    feature = dataset.features.get(column)
+    if feature is None or isinstance(feature, datasets.Image):
+        return dataset
+    return dataset.cast_column(column, datasets.Image())
+
+
+def cut_into_phases(data: DatasetDict, script: ScriptArguments, seed: int) -> PhaseStream:
+    fraction = script.test_fraction
+    if script.phase_column is None and script.num_phases is None:
+        phases = script.phase_splits.split(",") if script.phase_splits else None
+        tests = script.test_splits.split(",") if script.test_splits else None
+        return PhaseStream.from_splits(data, phases, tests, fraction, seed)
+    split = script.dataset_split or ("train" if "train" in data else next(iter(data)))
+    if split not in data:
+        raise SystemExit(f"There is no split {split!r}. The splits are: {', '.join(data)}.")
+    if script.phase_column is None:
+        return PhaseStream.random(data[split], script.num_phases, seed, test_fraction=fraction)
+    if script.num_phases is None:
+        return PhaseStream.from_column(data[split], script.phase_column, test_fraction=fraction, seed=seed)
+    return PhaseStream.from_time(data[split], script.phase_column, script.num_phases, test_fraction=fraction, seed=seed)
+
+
+def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArguments) -> str:
+    steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    lines = [f"Recipe {script.recipe}, {args.contrastive_batch_size} pairs a step, {steps} a phase"]
+    for number, phase in enumerate(stream.all_phases(), start=0 if stream.base else 1):
+        test = f"{len(phase.test):,} to test" if phase.test is not None else "no test"
+        lines.append(f"phase {number}: {phase.name}, {len(phase.train):,} pairs to learn, {test}")
+    return "\n".join(lines)
+
+
+def report(run: ContinualRun, matrix: EvaluationMatrix) -> str:
+    summary = {name: value for name, value in matrix.summary().items() if value is not None}
+    lines = ["", "Image-to-text recall@1 in percent (bold: the phase that teaches the test)", "", matrix.to_markdown()]
+    lines += ["", ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in summary.items())]
+    lines += [f"Checkpoints: {run.folder}/phase-0 to {run.phase_folder(len(run.stream)).name}"]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

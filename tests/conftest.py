@@ -1,0 +1,56 @@
+"""Shared by all tests: nothing leaves the machine, caches are temporary, models are tiny."""
+
+import os
+import tempfile
+
+# Read by huggingface_hub and datasets at import time.
+_HOME = tempfile.mkdtemp(prefix="hf_modx-tests-")
+os.environ.update(
+    HF_HOME=_HOME, HF_DATASETS_CACHE=f"{_HOME}/datasets", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from tiny import tiny_clip, tiny_pairs, tiny_processor
+
+from hf_modx import ModXTrainingArguments
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_processor()
+
+
+@pytest.fixture
+def model(processor):
+    return tiny_clip(processor)
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    return tiny_pairs(48)
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    """Arguments for six quick steps; keywords override."""
+
+    def make(**changes):
+        settings = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 16,
+            "max_steps": 6,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        return ModXTrainingArguments(**{**settings, **changes})
+
+    return make

@@ -1,0 +1,117 @@
+"""Several processes: the same weights as one."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from launch import launch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_clip, tiny_pairs, tiny_processor
+
+from hf_modx import Contrastive, ContinualRun, LossCallback, ModX, ModXTrainer, ModXTrainingArguments, PhaseStream
+from hf_modx.distributed import all_gather_rows
+
+
+class PullToStart(LossCallback):
+    """A term on the weights: every process computes it whole."""
+
+    needs_phase_start = True
+
+    def loss_terms(self, student, teacher, context):
+        weights = context.model.named_parameters()
+        return {"pull": 0.1 * sum((p - context.phase_start[n]).square().sum() for n, p in weights)}
+
+
+def arguments(folder, batch_size, **changes):
+    settings = {
+        "per_device_train_batch_size": batch_size,
+        "max_steps": 5,
+        "learning_rate": 1e-3,
+        "warmup_steps": 0,
+        "adam_epsilon": 1e-4,  # the key biases have a true gradient of zero: AdamW would blow up its rounding noise
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return ModXTrainingArguments(output_dir=str(folder), **{**settings, **changes})
+
+
+def train_and_save(folder, batch_size, rows, evaluate_first, changes):
+    processor = tiny_processor()
+    trainer = ModXTrainer(
+        model=tiny_clip(processor).double(),
+        args=arguments(folder, batch_size, **changes),
+        train_dataset=tiny_pairs(rows),
+        eval_dataset=tiny_pairs(11),
+        processing_class=processor,
+        loss_callbacks=[Contrastive(), ModX(contrastive=False), PullToStart()],
+    )
+    if evaluate_first:
+        trainer.evaluate()
+    trainer.train()
+    recall = trainer.evaluate()["eval_image_to_text_mrr"]
+    logged = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    tensors = {**trainer.model.state_dict(), "logged": logged, "recall": torch.tensor(recall)}
+    save_file(tensors, f"{folder}/rank-{trainer.args.process_index}.safetensors")
+
+
+def largest_difference(first, second):
+    first, second = load_file(first), load_file(second)
+    return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("evaluate_first", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 2}], ids=["plain", "accumulated"])
+def test_two_processes_train_the_weights_of_one(tmp_path, evaluate_first, changes):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    launch(1, train_and_save, tmp_path / "one", 8, 48, evaluate_first, changes)
+    launch(2, train_and_save, tmp_path / "two", 4, 48, evaluate_first, changes)
+    ranks = [tmp_path / "two" / f"rank-{rank}.safetensors" for rank in (0, 1)]
+    assert largest_difference(*ranks) == 0
+    assert largest_difference(tmp_path / "one" / "rank-0.safetensors", ranks[0]) < 1e-9
+
+
+def gather_uneven(folder):
+    torch.manual_seed(dist.get_rank())
+    rows = torch.randn(5 - 2 * dist.get_rank(), 4, dtype=torch.double, requires_grad=True)
+    everything = all_gather_rows(rows)
+    weights = torch.arange(everything.numel(), dtype=torch.double).view_as(everything)
+    (everything * weights).sum().backward()
+    tensors = {"rows": rows.detach(), "gradient": rows.grad, "everything": everything.detach()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, f"{folder}/{dist.get_rank()}")
+
+
+def test_uneven_rows_are_gathered_in_the_order_of_ranks(tmp_path):
+    launch(2, gather_uneven, tmp_path)
+    first, second = load_file(tmp_path / "0"), load_file(tmp_path / "1")
+    expected = torch.cat([first["rows"], second["rows"]])
+    assert torch.equal(first["everything"], expected) and torch.equal(second["everything"], expected)
+
+
+def test_gradient_of_gathered_rows_is_the_sum_over_processes(tmp_path):
+    launch(2, gather_uneven, tmp_path)
+    gradients = [load_file(tmp_path / str(rank))["gradient"] for rank in (0, 1)]
+    weights = 2 * torch.arange(32, dtype=torch.double).view(8, 4)
+    assert torch.equal(torch.cat(gradients), weights)
+
+
+def test_one_process_gathers_nothing():
+    rows = torch.randn(3, 2)
+    assert all_gather_rows(rows) is rows
+
+
+def run_phases(folder, batch_size):
+    processor = tiny_processor()
+    stream = PhaseStream.random(tiny_pairs(48), 2, test_fraction=0.25)
+    args = arguments(folder, batch_size)
+    ContinualRun(stream, "modx", args, model=tiny_clip(processor), processing_class=processor).run()
+
+
+def test_continual_run_on_two_processes_equals_one(tmp_path):
+    launch(1, run_phases, tmp_path / "one", 8)
+    launch(2, run_phases, tmp_path / "two", 4)
+    for phase in ("phase-0", "phase-1", "phase-2"):
+        files = [tmp_path / run / phase / "model.safetensors" for run in ("one", "two")]
+        assert largest_difference(*files) < 2e-4, phase
