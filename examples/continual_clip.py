@@ -59,7 +59,7 @@ class ScriptArguments:
         default=None, metadata={"help": "The split that is cut into phases. Default: train, or the only one."}
     )
     phase_column: str | None = field(
-        default=None, metadata={"help": "One phase for each value; with --num_phases, equal parts in its order (time)."}
+        default=None, metadata={"help": "One phase a value; with --num_phases, equal parts in its order (time)."}
     )
     num_phases: int | None = field(default=None, metadata={"help": "Number of equal parts, random without a column."})
     phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         return None
     if model is None:
         if stream.base is None:
-            raise SystemExit("Give --model_name_or_path with your own data: the small CLIP knows only the built-in one.")
+            raise SystemExit("Give --model_name_or_path with your own data: the small CLIP is for the built-in one.")
         model = trained_base(stream, args, script.base_max_steps)
     run = ContinualRun(
         stream,
@@ -164,7 +164,9 @@ def cut_into_phases(data: DatasetDict, script: ScriptArguments, seed: int) -> Ph
         return PhaseStream.random(data[split], script.num_phases, seed, test_fraction=fraction)
     if script.num_phases is None:
         return PhaseStream.from_column(data[split], script.phase_column, test_fraction=fraction, seed=seed)
-    return PhaseStream.from_time(data[split], script.phase_column, script.num_phases, test_fraction=fraction, seed=seed)
+    return PhaseStream.from_time(
+        data[split], script.phase_column, script.num_phases, test_fraction=fraction, seed=seed
+    )
 
 
 def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArguments) -> str:

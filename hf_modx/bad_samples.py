@@ -85,12 +85,14 @@ def _caption_problem(value: Any) -> str | None:
 
 
 def _image_problem(stored: dict[str, Any] | None) -> str | None:
-    if stored is None:
+    if stored is None or (stored["bytes"] is None and stored["path"] is None):
         return "the image is null"
     where = f" ({stored['path']})" if stored.get("path") else ""
     try:
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
             to_rgb(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError:
+        return f"the image{where} cannot be decoded: it has no known image format"
+    except Exception as error:  # Pillow raises nearly anything on a broken file, TypeError and struct.error included
         return f"the image{where} cannot be decoded: {error}"
     return None

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,33 +33,30 @@ def yaml_to_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
             near = difflib.get_close_matches(key, known, n=1)
             raise ValueError(f"{path}: there is no option {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
         if isinstance(value, dict):
-            value = _json(value)
+            value = json.dumps(_typed(value))
         if isinstance(value, list):
-            flags += [f"--{key}", *value]
+            flags += [f"--{key}", *(item if isinstance(item, str) else json.dumps(_typed(item)) for item in value)]
         elif value not in UNSET:
             flags += [f"--{key}={value}"]
     return flags
 
 
-def _json(mapping: dict[str, str]) -> str:
-    """A YAML mapping of strings as JSON; each value is JSON where it reads as such."""
-    parts = []
-    for key, value in mapping.items():
-        typed = yaml.safe_load(value) if isinstance(value, str) else value
-        if isinstance(typed, str):
-            try:
-                typed = float(typed)  # 1e-4 is a string to YAML
-            except ValueError:
-                pass
-        parts.append((key, typed))
-    import json
+def _typed(value: Any) -> Any:
+    """What no parser types, the inside of a mapping: at every depth a string becomes the JSON value that it reads as
+    (`20`, `1e-4`, `true`), null where there is none, and stays a string otherwise (`no`)."""
+    if isinstance(value, dict):
+        return {key: _typed(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_typed(inner) for inner in value]
+    if value in UNSET:
+        return None
+    try:
+        return json.loads(value.lower() if value in ("True", "False") else value)
+    except ValueError:
+        return value
 
-    return json.dumps(dict(parts))
 
-
-def parse_arguments(
-    dataclasses: Sequence[type], argv: Sequence[str], defaults: Any = None
-) -> tuple[Any, ...]:
+def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: Any = None) -> tuple[Any, ...]:
     """Instances of the dataclasses from `[config.yaml] [--flag value ...]`; flags override the file.
 
     Args:
@@ -74,7 +72,7 @@ def parse_arguments(
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         try:
             arguments = yaml_to_flags(Path(arguments[0]), parser) + arguments[1:]
-        except (OSError, ValueError, yaml.YAMLError) as error:
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             parser.error(str(error))
     if defaults is not None:
         parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0]))

@@ -72,8 +72,8 @@ HYPERPARAMETERS = [
 class ContinualRun:
     """Train a model phase after phase and evaluate every test after every phase.
 
-    The folder `args.output_dir` holds the run: `run.json` (what runs), `results.json` (the matrix), and `phase-K/`, each
-    a plain model that `from_pretrained` loads; `phase-0/` is the model before the first phase. Call `run` again after
+    The folder `args.output_dir` holds the run: `run.json` (what runs), `results.json` (the matrix), and `phase-K/`,
+    each a plain model that `from_pretrained` loads; `phase-0/` is the model before the first phase. Call `run` again after
     any interruption: finished phases stay as they are, a phase begun goes on from its last checkpoint. A finished run
     with MORE phases trains only the new ones.
 
@@ -88,8 +88,8 @@ class ContinualRun:
         callbacks: further TrainerCallbacks for every phase.
 
     Raises:
-        TypeError, ValueError: the model is no dual encoder; columns are missing or hold nulls; images cannot be decoded
-            (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All before any training.
+        TypeError, ValueError: the model is no dual encoder; columns are missing or hold nulls; images cannot be
+            decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All before any training.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class ContinualRun:
             changes = _changes(before["identity"], identity)
             if changes:
                 raise ValueError(
-                    f"{self.folder} holds a different run: {'; '.join(changes)}. Choose another output_dir, or give the "
-                    "same settings to go on."
+                    f"{self.folder} holds a different run: {'; '.join(changes)}. Choose another output_dir, or give "
+                    "the same settings to go on."
                 )
         elif self.phase_folder(0).exists():
             raise ValueError(f"{self.folder} holds phases but no run.json. Choose another output_dir.")

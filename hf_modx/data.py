@@ -19,7 +19,7 @@ def as_captions(value: Any) -> list[str]:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Rows of a `datasets.Dataset` as pairs, decoded one at a time from the memory-mapped table.
+    """Rows of a `datasets.Dataset` as pairs, decoded a batch at a time from the memory-mapped table.
 
     Item `epoch * len + row` is the row as it is in that epoch: the epoch travels in the index, so that every random
     choice made from it is the same in any worker process and after any interruption.
@@ -39,15 +39,25 @@ class PairDataset(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        epoch, row = divmod(int(index), len(self.dataset))
-        example = self.dataset[row]
-        return {
-            "row_id": row,
-            "epoch": epoch,
-            "pair_id": example[self.pair_id_column] if self.pair_id_column else row,
-            "image": to_rgb(example[self.image_column]),
-            "captions": as_captions(example[self.caption_column]),
-        }
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """A whole batch in one look into the table, which is what the DataLoader asks for."""
+        places = [divmod(int(index), len(self.dataset)) for index in indices]
+        rows = self.dataset[[row for _, row in places]]
+        pair_ids = rows[self.pair_id_column] if self.pair_id_column else [row for _, row in places]
+        return [
+            {
+                "row_id": row,
+                "epoch": epoch,
+                "pair_id": pair_id,
+                "image": to_rgb(image),
+                "captions": as_captions(captions),
+            }
+            for (epoch, row), pair_id, image, captions in zip(
+                places, pair_ids, rows[self.image_column], rows[self.caption_column], strict=True
+            )
+        ]
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):

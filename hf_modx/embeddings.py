@@ -27,8 +27,8 @@ def check_dual_encoder(model: nn.Module) -> None:
     missing = [name for name in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, name)]
     if missing:
         raise TypeError(
-            f"{type(model).__name__} is no dual encoder: it has no {', '.join(missing)}. Give a model with an image and "
-            "a text tower in one space, for instance CLIPModel.from_pretrained(...)."
+            f"{type(model).__name__} is no dual encoder: it has no {', '.join(missing)}. Give a model with an image "
+            "and a text tower in one space, for instance CLIPModel.from_pretrained(...)."
         )
 
 

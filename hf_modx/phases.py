@@ -4,9 +4,10 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Image
+from datasets import Dataset, DatasetDict
 
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
@@ -96,13 +97,18 @@ class PhaseStream:
         return PhaseStream(tuple(changed(phase) for phase in self.phases), changed(self.base), extra)
 
     def _refuse_overlap(self) -> None:
-        """The same table twice among training parts, or as training and as test part, is a mistake in the split."""
+        """The same table twice among the phases' parts, or as training part and as extra test, is a mistake in the
+        split."""
         seen: dict[str, str] = {}
         for phase in self.all_phases():
             for part in filter(None, (phase.train, phase.test)):
                 other = seen.setdefault(part._fingerprint, phase.name)
                 if other != phase.name or (part is phase.test and part._fingerprint == phase.train._fingerprint):
                     raise ValueError(f"Phases {other!r} and {phase.name!r} overlap: a part of both is the same table.")
+        trained = {phase.train._fingerprint: phase.name for phase in self.all_phases()}
+        for name, dataset in self.extra_tests.items():
+            if dataset._fingerprint in trained:
+                raise ValueError(f"Test {name!r} is the table that phase {trained[dataset._fingerprint]!r} trains on.")
 
     @classmethod
     def from_splits(
@@ -124,9 +130,11 @@ class PhaseStream:
             seed: of the held-out share.
 
         Raises:
-            ValueError: unknown or repeated splits, empty or overlapping parts.
+            ValueError: unknown or repeated splits, test splits without phase splits, empty or overlapping parts.
         """
         if phase_splits is None:
+            if test_splits is not None:
+                raise ValueError("test_splits need phase_splits: say which training split each of them belongs to.")
             return cls._from_named_pairs(splits, test_fraction, seed)
         for names in (phase_splits, test_splits or []):
             unknown = [name for name in names if name not in splits]
@@ -237,20 +245,24 @@ class PhaseStream:
 
 def content_fingerprint(dataset: Dataset) -> str:
     """A hash of what a table holds, whatever file it comes from: the number of rows, the columns, and up to 64 rows
-    spread evenly over it (images as stored, undecoded)."""
-    for column, feature in dataset.features.items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(column, Image(decode=False))
+    spread evenly over it (images as stored, undecoded; a file that the table only points to is read)."""
+    stored = dataset.with_format("arrow")
     digest = hashlib.sha256(repr((len(dataset), dataset.column_names)).encode())
     for row in np.linspace(0, len(dataset) - 1, min(FINGERPRINT_ROWS, len(dataset)), dtype=int):
-        digest.update(repr(sorted((name, _stored(value)) for name, value in dataset[int(row)].items())).encode())
+        (values,) = stored[int(row) : int(row) + 1].to_pylist()
+        digest.update(repr(sorted((name, _stored(value)) for name, value in values.items())).encode())
     return digest.hexdigest()[:16]
 
 
 def _stored(value):
-    """An undecoded image without the folder that it lies in."""
+    """An undecoded image as its bytes, wherever they lie; the file's name where there are none."""
+    if isinstance(value, list):
+        return [_stored(item) for item in value]
     if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        return value["bytes"] or os.path.basename(value["path"] or "")
+        try:
+            return value["bytes"] or Path(value["path"] or "").read_bytes()
+        except OSError:
+            return os.path.basename(value["path"] or "")
     return value
 
 

@@ -341,8 +341,8 @@ class ModXTrainer(Trainer):
         pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
         if pairs < 2:
             raise ValueError(
-                f"A contrastive batch of {pairs} pair has no negatives: raise per_device_train_batch_size "
-                f"(now {self.args.per_device_train_batch_size}) or give more data (now {len(self.train_dataset)} rows)."
+                f"A contrastive batch of {pairs} pair has no negatives: raise per_device_train_batch_size (now "
+                f"{self.args.per_device_train_batch_size}) or give more data (now {len(self.train_dataset)} rows)."
             )
 
     def _freeze_towers(self) -> None:

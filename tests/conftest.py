@@ -12,9 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 from hf_modx import ModXTrainingArguments
+
+from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 torch.set_num_threads(1)
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from launch import launch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_clip, tiny_pairs, tiny_processor
 
-from hf_modx import Contrastive, ContinualRun, LossCallback, ModX, ModXTrainer, ModXTrainingArguments, PhaseStream
+from hf_modx import ContinualRun, Contrastive, LossCallback, ModX, ModXTrainer, ModXTrainingArguments, PhaseStream
 from hf_modx.distributed import all_gather_rows
+
+from launch import launch
+from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 
 class PullToStart(LossCallback):

@@ -62,9 +62,7 @@ def test_kept_row_fractions_and_logit_scale_are_logged(model, make_args, process
 
 def test_first_loss_is_the_mod_x_loss_of_the_batch(model, make_args, processor, pairs):
     before = copy.deepcopy(model).eval()
-    trainer = ModXTrainer(
-        model=model, args=make_args(max_steps=1), train_dataset=pairs, processing_class=processor
-    )
+    trainer = ModXTrainer(model=model, args=make_args(max_steps=1), train_dataset=pairs, processing_class=processor)
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.train()
     outputs = before(**{name: batch[name] for name in ("pixel_values", "input_ids", "attention_mask")})

@@ -1,5 +1,4 @@
-"""A CLIP of 45,000 parameters and pictures of coloured shapes for it; also imported by the scripts that tests launch."""
-
+"""A CLIP of 45,000 parameters and pictures of coloured shapes; also imported by the scripts that tests launch."""
 
 import torch
 from datasets import Dataset, Features, Image, List, Value

@@ -90,7 +90,7 @@ def check_recipe(callbacks: list[LossCallback]) -> None:
     names = ", ".join(type(callback).__name__ for callback in callbacks) or "nothing"
     if owners:
         raise ValueError(
-            f"{' and '.join(owners)} each bring the contrastive term, so it would count {len(owners)} times. Keep one, "
-            "or write ModX(contrastive=False) beside another owner."
+            f"{' and '.join(owners)} each bring the contrastive term, so it would count {len(owners)} times. Keep "
+            "one, or write ModX(contrastive=False) beside another owner."
         )
     raise ValueError(f"No callback of the recipe ({names}) brings the contrastive term. Add Contrastive().")

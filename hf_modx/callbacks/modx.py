@@ -77,9 +77,9 @@ class ModX(LossCallback):
         if kept < FEW_ROWS:
             self._warned = True
             logger.warning(
-                "The old model ranks only %.1f %% of the new pairs first, and Mod-X distils only those: it has little to "
-                "keep here. Replay some old pairs in the batch, use a smaller batch (fewer candidates a row), or expect "
-                "a result close to plain fine-tuning.",
+                "The old model ranks only %.1f %% of the new pairs first, and Mod-X distils only those: it has little "
+                "to keep here. Replay some old pairs in the batch, use a smaller batch (fewer candidates a row), or "
+                "expect a result close to plain fine-tuning.",
                 100 * kept,
             )
 

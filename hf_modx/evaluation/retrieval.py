@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..losses.contrastive import upcast
+
 RECALL_AT = (1, 5, 10)
+ROUNDING = 8  # in units of the last place: equal vectors multiplied in another order differ by so much
 
 
 def retrieval_ranks(
@@ -12,8 +15,8 @@ def retrieval_ranks(
     """Rank of each query's best matching candidate, 1 being the first.
 
     A candidate matches where its id is the query's. The rank is one plus the number of NOT matching candidates that
-    are not strictly less similar than the best match: a tie counts against the model, so that a collapsed model has
-    no recall, and a similarity that is NaN counts as not less.
+    are not strictly less similar than the best match: a tie (up to rounding) counts against the model, so that a
+    collapsed model has no recall, and a similarity that is NaN counts as not less.
 
     Args:
         queries: (Q, D), unit-norm. candidates: (C, D), unit-norm.
@@ -28,12 +31,13 @@ def retrieval_ranks(
     """
     ranks = []
     for start in range(0, len(queries), tile):
-        cosines = queries[start : start + tile] @ candidates.T
+        cosines = upcast(queries[start : start + tile]) @ upcast(candidates).T
+        rounding = ROUNDING * torch.finfo(cosines.dtype).eps
         matches = query_ids[start : start + tile, None] == candidate_ids[None, :]
         if not matches.any(dim=1).all():
             raise ValueError("A query has no matching candidate: the ids of images and captions do not fit.")
         best = cosines.masked_fill(~matches, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + (~(cosines < best) & ~matches).sum(dim=1))
+        ranks.append(1 + (~(cosines < best - rounding) & ~matches).sum(dim=1))
     return torch.cat(ranks)
 
 

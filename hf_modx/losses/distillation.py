@@ -8,6 +8,10 @@ from torch import Tensor
 
 from .contrastive import check_pairs, full_precision, similarities, sum_over_rows, upcast
 
+# In units of the last place. Equal vectors multiplied in blocks of another shape differ by so much: without it a tie
+# would be kept or not with the chunk size.
+ROUNDING = 8
+
 
 @dataclass(frozen=True)
 class AffinityDistillation:
@@ -44,9 +48,9 @@ def affinity_distillation(
     both directions and the temperature of 1 as in the authors' code).
 
     Screening: row i takes part if the old model gets it right, that is if no other candidate of the row is STRICTLY
-    more similar than its own partner. A tie is kept. A row in which the old model's similarities are not finite is
-    not kept. A row that is not kept has value 0 and gradient 0, which equals the paper's replacement of the old row
-    by the current one. New embeddings that are not finite make the loss not finite.
+    more similar than its own partner. A tie (up to rounding) is kept. A row in which the old model's similarities are
+    not finite is not kept. A row that is not kept has value 0 and gradient 0, which equals the paper's replacement of
+    the old row by the current one. New embeddings that are not finite make the loss not finite.
 
     Args:
         image_embeds, text_embeds: (N, D), unit-norm rows, the new model's; take gradient.
@@ -96,11 +100,12 @@ def _screened_kl(new: Tensor, old: Tensor, start: int, distill_scale: float, scr
     partner = old.diagonal(offset=start)
     kept = torch.isfinite(old).all(dim=1)
     if screen:
-        kept = kept & (old.amax(dim=1) <= partner)
+        kept = kept & (old.amax(dim=1) <= partner + ROUNDING * torch.finfo(old.dtype).eps)
     # Where a row is not kept its old similarities are replaced before the softmax, not its KL after it: zero times
-    # the gradient of a row that is not finite would be NaN.
-    old = torch.where(kept[:, None], old, torch.zeros_like(old))
+    # the gradient of an old row that is not finite would be NaN. The product with `kept` makes such a row exactly 0
+    # and lets a new row that is not finite through.
+    old = torch.where(kept[:, None], old, new.detach())
     old_log_probs = F.log_softmax(distill_scale * old, dim=1)
     new_log_probs = F.log_softmax(distill_scale * new, dim=1)
     kl = F.kl_div(new_log_probs, old_log_probs, log_target=True, reduction="none").sum(dim=1)
-    return torch.where(kept, kl, torch.zeros_like(kl)).sum(), kept.to(new.dtype).sum()
+    return (kl * kept).sum(), kept.to(new.dtype).sum()

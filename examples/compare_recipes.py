@@ -1,0 +1,144 @@
+"""Run several recipes over several seeds on the built-in stream and compare them.
+
+    python examples/compare_recipes.py --recipes finetune,modx,joint --seeds 0,1,2 --output_dir runs/comparison
+
+All recipes of a seed start from the same base weights and see the same data in the same order; every phase has the same
+number of steps (joint trains phase k for k times as many). Every further flag goes to `examples/continual_clip.py`.
+Runs that are finished are not done again. Writes `comparison.md` and, with the `plots` extra, `comparison.png`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import continual_clip
+
+METRIC = "image_to_text_recall@1"
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", default="finetune,modx,joint", help="names, comma-separated")
+    parser.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
+    parser.add_argument("--output_dir", default="runs/comparison", type=Path)
+    parser.add_argument("--metric", default=METRIC, help="a metric of results.json")
+    options, flags = parser.parse_known_args(argv)
+    results: dict[str, list[dict]] = {}
+    for seed in options.seeds.split(","):
+        for recipe in options.recipes.split(","):
+            folder = options.output_dir / f"{recipe}-seed{seed}"
+            run_flags = ["--recipe", recipe, "--seed", seed, "--output_dir", str(folder), "--save_strategy", "no"]
+            continual_clip.main([*flags, *run_flags])
+            results.setdefault(recipe, []).append(json.loads((folder / "results.json").read_text()))
+    text = tables(results, options.metric)
+    (options.output_dir / "comparison.md").write_text(text)
+    draw(results, options.metric, options.output_dir / "comparison.png")
+    print(text)
+
+
+def tables(results: dict[str, list[dict]], metric: str) -> str:
+    """Markdown: the summary of each recipe, what is left of each test at the end, and the kept rows."""
+    first = next(iter(results.values()))[0]
+    tests, phases = first["tests"], first["phases"]
+    pairs = {name: first["test_pairs"][name] for name in tests}
+    seeds = len(next(iter(results.values())))
+    lines = [
+        f"{metric} in percent, mean and standard deviation of {seeds} seeds; "
+        f"test pairs {', '.join(f'{name} {count}' for name, count in pairs.items())} "
+        f"(chance {100 / max(pairs.values()):.1f}).",
+        "",
+        "| recipe | forgetting | last | average | learned at the time | "
+        + " | ".join(f"{t}, end" for t in tests)
+        + " |",
+        "|---" * (5 + len(tests)) + "|",
+    ]
+    for recipe, runs in results.items():
+        cells = [
+            spread(runs, lambda run, name=name: run["summary"][metric][name])
+            for name in ("forgetting", "last", "average")
+        ]
+        cells.append(spread(runs, lambda run: learned_at_the_time(run, metric)))
+        cells += [spread(runs, lambda run, i=i: run["matrix"][metric][-1][i]) for i in range(len(tests))]
+        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Right after its phase:",
+        "",
+        "| recipe | " + " | ".join(phases) + " |",
+        "|---" * (1 + len(phases)) + "|",
+    ]
+    for recipe, runs in results.items():
+        cells = [spread(runs, lambda run, k=k: right_after(run, metric, k)) for k in range(1, len(phases) + 1)]
+        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
+    for recipe, runs in results.items():
+        if all("image_rows_kept" in record for run in runs for record in run["training"]):
+            kept = [
+                spread(runs, lambda run, k=k: run["training"][k]["image_rows_kept"]["mean"])
+                for k in range(len(phases))
+            ]
+            lines += ["", f"Image rows that the old model has right ({recipe}), by phase: {', '.join(kept)} percent."]
+    start = [spread(first_of_seed(results), lambda run, i=i: run["matrix"][metric][0][i]) for i in range(len(tests))]
+    lines += ["", "Before the first phase: " + ", ".join(f"{n} {v}" for n, v in zip(tests, start, strict=True)) + "."]
+    return "\n".join(lines) + "\n"
+
+
+def first_of_seed(results: dict[str, list[dict]]) -> list[dict]:
+    return next(iter(results.values()))
+
+
+def right_after(run: dict, metric: str, phase: int) -> float:
+    """The test that phase `phase` teaches, right after it."""
+    return run["matrix"][metric][phase][run["learned_at"].index(phase)]
+
+
+def learned_at_the_time(run: dict, metric: str) -> float:
+    phases = range(1, len(run["phases"]) + 1)
+    return statistics.mean(right_after(run, metric, phase) for phase in phases)
+
+
+def spread(runs: list[dict], value: Callable[[dict], float]) -> str:
+    values = [100 * value(run) for run in runs]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def draw(results: dict[str, list[dict]], metric: str, path: Path) -> None:
+    """One panel a test: its recall after every phase, a line a recipe with the range over seeds."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("No picture: pip install 'hf_modx[plots]'")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    first = next(iter(results.values()))[0]
+    styles = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v")]
+    figure, axes = plt.subplots(
+        1, len(first["tests"]), figsize=(3 * len(first["tests"]), 3.2), sharey=True, constrained_layout=True
+    )
+    ticks = range(len(first["phases"]) + 1)
+    for test, axis in enumerate(axes):
+        for (recipe, runs), (color, marker) in zip(results.items(), styles, strict=False):
+            curves = [[100 * row[test] for row in run["matrix"][metric]] for run in runs]
+            columns = list(zip(*curves, strict=True))
+            axis.plot(ticks, [statistics.mean(c) for c in columns], color=color, marker=marker, label=recipe)
+            axis.fill_between(
+                ticks, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, lw=0
+            )
+        learned_at = first["learned_at"][test]
+        axis.axvline(learned_at, color="grey", lw=1, ls=":")
+        axis.set_title(f"test: {first['tests'][test]}")
+        axis.set_xticks(ticks, ["start", *first["phases"]], rotation=40, ha="right")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("image-to-text recall@1, %" if metric == METRIC else metric)
+    axes[0].legend(frameon=False)
+    figure.supxlabel("after phase (dotted: the phase that teaches the test)")
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

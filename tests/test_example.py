@@ -1,0 +1,158 @@
+"""The main example, as a user starts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import DatasetDict
+
+from tiny import tiny_pairs
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+import continual_clip  # noqa: E402
+
+QUICK = [
+    *("--max_steps", "2", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
+    *("--per_device_train_batch_size", "8", "--save_strategy", "no"),
+]
+
+
+@pytest.fixture
+def start(model, processor, tmp_path):
+    """The tiny model as a folder."""
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+@pytest.fixture
+def example(start, tmp_path):
+    """Run the example on the tiny model with further flags; returns the results."""
+
+    def example(*flags):
+        out = tmp_path / "out"
+        continual_clip.main([*QUICK, "--model_name_or_path", start, "--output_dir", str(out), *flags])
+        return json.loads((out / "results.json").read_text())
+
+    return example
+
+
+def named_splits():
+    data = tiny_pairs(48)
+    parts = {}
+    for k in range(2):
+        parts[f"phase_{k + 1}_train"] = data.select(range(24 * k, 24 * k + 16))
+        parts[f"phase_{k + 1}_test"] = data.select(range(24 * k + 16, 24 * k + 24))
+    return DatasetDict(parts)
+
+
+def test_no_arguments_run_the_built_in_stream(tmp_path):
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"),
+        *(str(ROOT / "examples" / "continual_clip.py"), *QUICK, "--base_max_steps", "2"),
+        *("--max_train_samples", "32", "--max_eval_samples", "20"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "runs" / "modx-seed0" / "results.json").read_text())
+    assert len(results["phases"]) == 3 and results["recipe"] == "modx"
+    assert "| start |" in done.stdout and "forgetting" in done.stdout
+    assert "runs/modx-seed0/phase-0 to phase-3" in done.stdout
+
+
+def test_splits_named_train_and_test_are_a_stream_as_they_stand(example, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    assert example("--dataset_name", str(tmp_path / "data"))["phases"] == ["phase_1", "phase_2"]
+
+
+def test_phase_and_test_splits_by_name(example, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--phase_splits", "phase_2_train,phase_1_train", "--test_splits", "phase_2_test,phase_1_test"]
+    results = example("--dataset_name", str(tmp_path / "data"), *flags)
+    assert results["phases"] == ["phase_2_train", "phase_1_train"]
+
+
+def test_phases_from_a_column_of_a_parquet_file(example, tmp_path):
+    data = tiny_pairs(40).add_column("month", ["may"] * 20 + ["june"] * 20)
+    data.to_parquet(tmp_path / "data.parquet")
+    flags = ["--dataset_name", str(tmp_path / "data.parquet"), "--phase_column", "month", "--recipe", "finetune"]
+    assert example(*flags)["phases"] == ["may", "june"]
+
+
+def test_phases_in_the_order_of_a_time_column(example, tmp_path):
+    data = tiny_pairs(40).add_column("day", list(range(40, 0, -1)))
+    data.to_parquet(tmp_path / "data.parquet")
+    flags = ["--dataset_name", str(tmp_path / "data.parquet"), "--phase_column", "day", "--num_phases", "2"]
+    assert example(*flags)["phases"] == ["phase_1", "phase_2"]
+
+
+def test_random_phases_of_an_image_folder(example, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for number, row in enumerate(tiny_pairs(40)):
+        row["image"].save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": row["caption"][0]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    flags = ["--dataset_name", str(folder), "--caption_column", "text", "--num_phases", "2"]
+    assert len(example(*flags)["phases"]) == 2
+
+
+def test_yaml_file_comes_first_and_flags_override_it(start, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model_name_or_path: {start}\ndataset_name: {tmp_path / 'data'}\nlearning_rate: 1e-4\nmax_steps: 9\n"
+        f"save_strategy: no\nreport_to: none\nuse_cpu: true\nper_device_train_batch_size: 8\ndisable_tqdm: yes\n"
+        f"recipe_args:\n  alpha: 1e1\noutput_dir: {tmp_path / 'elsewhere'}\n"
+    )
+    out = tmp_path / "out"
+    continual_clip.main([str(config), "--max_steps", "2", "--output_dir", str(out)])
+    identity = json.loads((out / "run.json").read_text())["identity"]
+    assert identity["hyperparameters"]["learning_rate"] == 1e-4
+    assert identity["hyperparameters"]["max_steps"] == 2
+    assert identity["recipe_args"] == {"alpha": 10.0}
+
+
+def test_dry_run_prints_phases_and_trains_nothing(start, tmp_path, capsys):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--dry_run", "--output_dir", str(tmp_path / "out")]
+    assert continual_clip.main([*QUICK, "--model_name_or_path", start, *flags]) is None
+    printed = capsys.readouterr().out
+    assert "phase 1: phase_1, 16 pairs to learn, 8 to test" in printed and "2 steps" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes_can_be_limited(example, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--max_train_samples", "10", "--max_eval_samples", "5"]
+    results = example(*flags)
+    assert [record["pairs"] for record in results["training"]] == [10, 10]
+    assert set(results["test_pairs"].values()) == {5}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe_args", "{alpha: 20}"], "must be JSON"),
+        (["--recipe", "nothing"], "invalid choice: 'nothing'"),
+        (["--recipe_args", '{"alfa": 20}'], "no option alfa"),
+        (["--no_such_flag", "1"], "no_such_flag"),
+    ],
+)
+def test_wrong_flags_end_with_the_reason(start, tmp_path, capsys, flags, message):
+    named_splits().save_to_disk(tmp_path / "data")
+    data = ["--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises((SystemExit, ValueError)) as error:
+        continual_clip.main([*QUICK, "--model_name_or_path", start, *data, *flags])
+    assert message in capsys.readouterr().err + str(error.value)
+
+
+def test_own_data_need_a_model(tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    with pytest.raises(SystemExit, match="--model_name_or_path"):
+        continual_clip.main([*QUICK, "--dataset_name", str(tmp_path / "data"), "--output_dir", str(tmp_path / "out")])

@@ -1,0 +1,488 @@
+"""Losses against a transcription of the paper's equations, row by row, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_modx.losses import affinity_distillation, info_nce, modx_loss
+
+N, DIM, TEACHER_DIM = 9, 6, 5
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+LOGIT_SCALE = 14.0
+
+
+def unit(rows: int, dim: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
+
+
+class Batch:
+    """Embeddings of a new and an old model, leaves with gradient; the old model gets some rows right."""
+
+    def __init__(self, rows: int = N, seed: int = 0, dtype: torch.dtype = torch.float64):
+        self.images = unit(rows, DIM, seed, dtype).requires_grad_()
+        self.texts = unit(rows, DIM, seed + 100, dtype).requires_grad_()
+        self.scale = torch.tensor(LOGIT_SCALE, dtype=dtype, requires_grad=True)
+        self.old_texts = unit(rows, TEACHER_DIM, seed + 200, dtype)
+        noise = 1.2 * unit(rows, TEACHER_DIM, seed + 300, dtype)
+        self.old_images = F.normalize(self.old_texts + noise, dim=1)
+
+    def distillation(self, **options):
+        return affinity_distillation(self.images, self.texts, self.old_images, self.old_texts, **options)
+
+    def modx(self, **options):
+        return modx_loss(self.images, self.texts, self.old_images, self.old_texts, self.scale, **options)
+
+    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        leaves = [self.images, self.texts, self.scale]
+        return [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(
+                leaves, torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True), strict=True
+            )
+        ]
+
+
+def candidates(row: int, rows: int, ids) -> list[int]:
+    return [column for column in range(rows) if ids is None or column == row or ids[column] != ids[row]]
+
+
+def reference_info_nce(images, texts, scale, ids=None):
+    """Radford et al., figure 3: the mean of two cross-entropies."""
+    total = 0.0
+    for queries, keys in ((images, texts), (texts, images)):
+        for row in range(len(queries)):
+            columns = candidates(row, len(queries), ids)
+            logits = scale * torch.stack([queries[row] @ keys[column] for column in columns])
+            total = total - torch.log_softmax(logits, dim=0)[columns.index(row)] / len(queries)
+    return total / 2
+
+
+def reference_distillation(images, texts, old_images, old_texts, distill_scale=1.0, ids=None, screen=True):
+    """Ni et al., section 4: old rows that are wrong are replaced by the current ones, then KL(old || new)."""
+    directions, kept = [], []
+    new_matrix, old_matrix = images @ texts.T, old_images @ old_texts.T
+    for new, old in ((new_matrix, old_matrix), (new_matrix.T, old_matrix.T)):
+        total, right = 0.0, 0
+        for row in range(len(new)):
+            columns = candidates(row, len(new), ids)
+            new_row, old_row = new[row, columns], old[row, columns]
+            if screen and old_row.argmax().item() != columns.index(row):
+                old_row = new_row.detach()
+            else:
+                right += 1
+            old_probs = torch.softmax(distill_scale * old_row, dim=0)
+            new_probs = torch.softmax(distill_scale * new_row, dim=0)
+            total = total + (old_probs * (old_probs.log() - new_probs.log())).sum()
+        directions.append(total)
+        kept.append(right / len(new))
+    return (directions[0] + directions[1]) / 2, *kept
+
+
+def assert_same_gradients(batch: Batch, loss: torch.Tensor, expected: torch.Tensor, **tolerance):
+    for found, wanted in zip(batch.gradients(loss), batch.gradients(expected), strict=True):
+        torch.testing.assert_close(found, wanted, **(tolerance or EXACT))
+
+
+def old_model_of_matrix(matrix) -> tuple[torch.Tensor, torch.Tensor]:
+    """Old embeddings whose cosine matrix has these (unit-norm) rows."""
+    images = F.normalize(torch.tensor(matrix, dtype=torch.float64), dim=1)
+    return images, torch.eye(len(matrix), dtype=torch.float64)
+
+
+# --- InfoNCE ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_info_nce_is_the_mean_of_two_cross_entropies(seed):
+    batch = Batch(seed=seed)
+    loss = info_nce(batch.images, batch.texts, batch.scale)
+    expected = reference_info_nce(batch.images, batch.texts, batch.scale)
+    torch.testing.assert_close(loss, expected, **EXACT)
+    assert_same_gradients(batch, loss, expected)
+
+
+def test_info_nce_of_one_pair_is_zero():
+    batch = Batch(rows=1)
+    assert info_nce(batch.images, batch.texts, batch.scale).item() == 0.0
+
+
+def test_info_nce_of_a_collapsed_model_is_log_n():
+    images = unit(1, DIM, 0).repeat(N, 1)
+    assert info_nce(images, images, LOGIT_SCALE).item() == pytest.approx(torch.tensor(float(N)).log().item())
+
+
+def test_info_nce_takes_a_plain_number_as_scale():
+    batch = Batch()
+    loss = info_nce(batch.images, batch.texts, LOGIT_SCALE)
+    torch.testing.assert_close(loss, info_nce(batch.images, batch.texts, batch.scale), **EXACT)
+
+
+# --- screened distillation -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distill_scale", [1.0, 7.0])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_distillation_equals_literal_row_replacement(seed, distill_scale):
+    batch = Batch(seed=seed)
+    found = batch.distillation(distill_scale=distill_scale)
+    expected, image_kept, text_kept = reference_distillation(
+        batch.images, batch.texts, batch.old_images, batch.old_texts, distill_scale
+    )
+    assert 0 < image_kept < 1, "the batch must hold rows of both kinds"
+    assert 0 < text_kept < 1, "the batch must hold rows of both kinds"
+    torch.testing.assert_close(found.loss, expected, **EXACT)
+    assert_same_gradients(batch, found.loss, expected)
+    assert found.image_rows_kept.item() == pytest.approx(image_kept)
+    assert found.text_rows_kept.item() == pytest.approx(text_kept)
+
+
+def test_distillation_does_not_touch_logit_scale():
+    batch = Batch()
+    assert torch.autograd.grad(batch.modx().distillation, batch.scale, allow_unused=True)[0] is None
+
+
+def test_distillation_without_screening_keeps_every_row():
+    batch = Batch()
+    found = batch.distillation(screen=False)
+    expected, *_ = reference_distillation(batch.images, batch.texts, batch.old_images, batch.old_texts, screen=False)
+    torch.testing.assert_close(found.loss, expected, **EXACT)
+    assert_same_gradients(batch, found.loss, expected)
+    assert found.image_rows_kept == found.text_rows_kept == 1
+
+
+def test_each_direction_is_screened_by_its_own_rows():
+    # Images 0 and 2 rank their own caption first; of the captions only 2 ranks its own image first.
+    old_images, old_texts = old_model_of_matrix([[0.8, 0.6, 0.0], [0.9, 0.4, 0.0], [0.0, 0.0, 1.0]])
+    found = affinity_distillation(unit(3, DIM, 0), unit(3, DIM, 1), old_images, old_texts)
+    assert found.image_rows_kept.item() == pytest.approx(2 / 3)
+    assert found.text_rows_kept.item() == pytest.approx(1 / 3)
+
+
+def test_swapping_the_modalities_swaps_the_directions():
+    batch = Batch()
+    swapped = affinity_distillation(batch.texts, batch.images, batch.old_texts, batch.old_images)
+    torch.testing.assert_close(swapped.loss, batch.distillation().loss, **EXACT)
+    assert swapped.image_rows_kept == batch.distillation().text_rows_kept
+
+
+def test_row_that_is_not_kept_has_exactly_zero_gradient():
+    # Image 2 alone is right, no caption is: the gradient of the images can come from row 2 only.
+    old_images, old_texts = old_model_of_matrix([[0.0, 0.8, 0.6], [0.7, 0.0, 0.71], [0.6, 0.5, 0.62]])
+    images, texts = unit(3, DIM, 0).requires_grad_(), unit(3, DIM, 1)
+    found = affinity_distillation(images, texts, old_images, old_texts)
+    assert (found.image_rows_kept.item(), found.text_rows_kept.item()) == (pytest.approx(1 / 3), 0.0)
+    (gradient,) = torch.autograd.grad(found.loss, images)
+    assert torch.equal(gradient[:2], torch.zeros(2, DIM, dtype=torch.float64))
+    assert gradient[2].abs().max() > 0
+
+
+def test_nothing_kept_gives_a_loss_of_exactly_zero():
+    old_images, old_texts = old_model_of_matrix([[0.0, 1.0], [1.0, 0.0]])
+    batch = Batch(rows=2)
+    found = affinity_distillation(batch.images, batch.texts, old_images, old_texts)
+    assert found.loss.item() == 0.0
+    assert all(gradient.abs().max() == 0 for gradient in batch.gradients(found.loss))
+
+
+@pytest.mark.parametrize("matrix", [[[1.0, 1.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]], ids=["later", "earlier"])
+def test_a_tie_is_kept(matrix):
+    old_images, old_texts = old_model_of_matrix(matrix)
+    found = affinity_distillation(unit(2, DIM, 0), unit(2, DIM, 1), old_images, old_texts)
+    assert found.image_rows_kept == found.text_rows_kept == 1
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 332])
+def test_a_tie_is_kept_in_fp32_whatever_the_block(chunk_size):
+    old_images = unit(1, 256, 0, torch.float32).repeat(333, 1)
+    old_texts = unit(1, 256, 1, torch.float32).repeat(333, 1)
+    new = unit(333, DIM, 2, torch.float32)
+    found = affinity_distillation(new, new, old_images, old_texts, chunk_size=chunk_size)
+    assert found.image_rows_kept == found.text_rows_kept == 1
+
+
+def test_a_slightly_larger_column_is_no_tie():
+    old_images, old_texts = old_model_of_matrix([[1.0, 1.0 + 1e-5], [0.0, 1.0]])
+    found = affinity_distillation(unit(2, DIM, 0), unit(2, DIM, 1), old_images.float(), old_texts.float())
+    assert found.image_rows_kept.item() == 0.5
+
+
+def test_mean_divides_by_all_rows():
+    batch = Batch()
+    mean, total = batch.distillation(reduction="mean"), batch.distillation(reduction="sum")
+    assert mean.image_rows_kept < 1
+    torch.testing.assert_close(mean.loss, total.loss / N, **EXACT)
+
+
+def test_a_model_that_did_not_move_pays_nothing():
+    batch = Batch()
+    found = affinity_distillation(batch.images, batch.texts, batch.images, batch.texts, screen=False)
+    assert abs(found.loss.item()) < 1e-14
+
+
+def test_a_common_rotation_of_both_towers_pays_nothing():
+    batch = Batch()
+    rotation = torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(5)))[
+        0
+    ]
+    found = affinity_distillation(
+        batch.images @ rotation, batch.texts @ rotation, batch.images, batch.texts, screen=False
+    )
+    assert abs(found.loss.item()) < 1e-14
+
+
+def test_the_old_model_gets_no_gradient():
+    batch = Batch()
+    batch.old_images.requires_grad_()
+    batch.old_texts.requires_grad_()
+    batch.modx().loss.backward()
+    assert batch.old_images.grad is None
+    assert batch.old_texts.grad is None
+    assert batch.images.grad is not None
+
+
+def test_kept_fractions_carry_no_gradient():
+    found = Batch().distillation()
+    assert not found.image_rows_kept.requires_grad
+    assert not found.text_rows_kept.requires_grad
+
+
+# --- values that are not finite --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_old_image_that_is_not_finite_is_left_out_without_harm(value, chunk_size):
+    batch = Batch()
+    clean = batch.distillation()
+    right = (batch.old_images @ batch.old_texts.T).argmax(dim=1) == torch.arange(N)
+    broken = int(right.nonzero()[0])
+    batch.old_images[broken, 0] = value
+    found = batch.distillation(chunk_size=chunk_size)
+    assert found.image_rows_kept.item() == pytest.approx(clean.image_rows_kept.item() - 1 / N)
+    assert found.text_rows_kept.item() == 0.0, "every caption has the broken image among its candidates"
+    assert torch.isfinite(found.loss)
+    assert all(torch.isfinite(gradient).all() for gradient in batch.gradients(found.loss))
+
+
+def test_the_other_rows_count_as_before_beside_a_broken_one():
+    batch = Batch()
+    batch.old_images[0] = float("nan")
+    new, old = batch.images @ batch.texts.T, batch.old_images @ batch.old_texts.T
+    expected = 0.0
+    for row in range(1, N):
+        if old[row].argmax() == row:
+            old_probs = torch.softmax(old[row], dim=0)
+            expected = expected + (old_probs * (old_probs.log() - torch.log_softmax(new[row], dim=0))).sum() / 2
+    found = batch.distillation()
+    torch.testing.assert_close(found.loss, expected, **EXACT)
+    assert_same_gradients(batch, found.loss, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_new_embedding_that_is_not_finite_makes_every_loss_not_finite(value):
+    batch = Batch()
+    with torch.no_grad():
+        batch.texts[3, 2] = value
+    assert not torch.isfinite(info_nce(batch.images, batch.texts, batch.scale))
+    assert not torch.isfinite(batch.distillation().loss)
+    assert not torch.isfinite(batch.modx().loss)
+
+
+def test_new_embedding_that_is_not_finite_shows_even_where_nothing_is_kept():
+    old_images, old_texts = old_model_of_matrix([[0.0, 1.0], [1.0, 0.0]])
+    images = unit(2, DIM, 0)
+    images[0, 0] = float("nan")
+    assert not torch.isfinite(affinity_distillation(images, unit(2, DIM, 1), old_images, old_texts).loss)
+
+
+# --- Mod-X -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("alpha", "reduction"), [(20.0, "sum"), (3.5, "sum"), (5600.0, "mean")])
+def test_modx_is_contrastive_plus_alpha_times_distillation(alpha, reduction):
+    batch = Batch()
+    found = batch.modx(alpha=alpha, reduction=reduction)
+    contrastive = reference_info_nce(batch.images, batch.texts, batch.scale)
+    distillation, *_ = reference_distillation(batch.images, batch.texts, batch.old_images, batch.old_texts)
+    distillation = distillation / (N if reduction == "mean" else 1)
+    torch.testing.assert_close(found.contrastive, contrastive, **EXACT)
+    torch.testing.assert_close(found.distillation, distillation, **EXACT)
+    torch.testing.assert_close(found.loss, contrastive + alpha * distillation, **EXACT)
+    assert_same_gradients(batch, found.loss, contrastive + alpha * distillation)
+
+
+def test_modx_defaults_are_those_of_the_authors_code():
+    batch = Batch()
+    explicit = batch.modx(alpha=20.0, distill_scale=1.0, reduction="sum", pair_ids=None, chunk_size=None)
+    assert batch.modx().loss == explicit.loss
+
+
+def test_modx_reports_the_kept_fractions_of_the_distillation():
+    batch = Batch()
+    found, distilled = batch.modx(), batch.distillation()
+    assert found.image_rows_kept == distilled.image_rows_kept
+    assert found.text_rows_kept == distilled.text_rows_kept
+
+
+def test_modx_with_alpha_zero_is_plain_contrastive_learning():
+    batch = Batch()
+    assert batch.modx(alpha=0.0).loss == info_nce(batch.images, batch.texts, batch.scale)
+
+
+def test_modx_passes_distill_scale_on():
+    batch = Batch()
+    assert batch.modx(distill_scale=4.0).distillation == batch.distillation(distill_scale=4.0).loss
+
+
+def test_gradients_agree_with_finite_differences():
+    batch = Batch(rows=5)
+
+    def loss(images, texts, scale):
+        return modx_loss(images, texts, batch.old_images, batch.old_texts, scale, distill_scale=2.0).loss
+
+    assert torch.autograd.gradcheck(loss, (batch.images, batch.texts, batch.scale))
+
+
+# --- duplicates ------------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([4, 7, 4, 1, 9, 7, 4, 2, 3])
+
+
+def test_info_nce_with_ids_equals_deleting_the_duplicates_columns():
+    batch = Batch()
+    loss = info_nce(batch.images, batch.texts, batch.scale, pair_ids=IDS)
+    expected = reference_info_nce(batch.images, batch.texts, batch.scale, IDS.tolist())
+    torch.testing.assert_close(loss, expected, **EXACT)
+    assert_same_gradients(batch, loss, expected)
+
+
+@pytest.mark.parametrize("screen", [True, False])
+def test_distillation_with_ids_equals_deleting_the_duplicates_columns(screen):
+    batch = Batch()
+    found = batch.distillation(pair_ids=IDS, screen=screen)
+    expected, image_kept, text_kept = reference_distillation(
+        batch.images, batch.texts, batch.old_images, batch.old_texts, ids=IDS.tolist(), screen=screen
+    )
+    torch.testing.assert_close(found.loss, expected, **EXACT)
+    assert_same_gradients(batch, found.loss, expected)
+    assert found.image_rows_kept.item() == pytest.approx(image_kept)
+    assert found.text_rows_kept.item() == pytest.approx(text_kept)
+
+
+def test_a_duplicate_that_the_old_model_prefers_does_not_screen_a_row_out():
+    old_images, old_texts = old_model_of_matrix([[0.6, 0.8, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    new = unit(3, DIM, 0), unit(3, DIM, 1)
+    assert affinity_distillation(*new, old_images, old_texts).image_rows_kept.item() == pytest.approx(2 / 3)
+    ids = torch.tensor([5, 5, 6])
+    assert affinity_distillation(*new, old_images, old_texts, pair_ids=ids).image_rows_kept == 1
+
+
+def test_ids_that_are_all_different_change_nothing():
+    batch = Batch()
+    assert batch.modx(pair_ids=torch.arange(N)).loss == batch.modx().loss
+
+
+def test_ids_that_are_all_the_same_leave_nothing_to_learn():
+    found = Batch().modx(pair_ids=torch.zeros(N, dtype=torch.long))
+    assert found.loss.item() == 0.0
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair_ids", [None, IDS], ids=["no ids", "ids"])
+@pytest.mark.parametrize("chunk_size", [1, 3, N - 1, N, N + 5])
+def test_blocks_change_neither_values_nor_gradients(chunk_size, pair_ids):
+    batch = Batch()
+    whole, blocks = batch.modx(pair_ids=pair_ids), batch.modx(pair_ids=pair_ids, chunk_size=chunk_size)
+    for name in ("loss", "contrastive", "distillation", "image_rows_kept", "text_rows_kept"):
+        torch.testing.assert_close(getattr(blocks, name), getattr(whole, name), **EXACT)
+    assert_same_gradients(batch, blocks.loss, whole.loss)
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_bf16_embeddings_are_accumulated_in_fp32(chunk_size):
+    batch = Batch(rows=64, dtype=torch.bfloat16)
+    found = batch.modx(chunk_size=chunk_size)
+    expected = modx_loss(
+        batch.images.float(),
+        batch.texts.float(),
+        batch.old_images.float(),
+        batch.old_texts.float(),
+        batch.scale.float(),
+    )
+    assert found.loss.dtype == torch.float32
+    torch.testing.assert_close(found.contrastive, expected.contrastive, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.distillation, expected.distillation, rtol=1e-5, atol=1e-6)
+    assert all(gradient.dtype == torch.bfloat16 for gradient in batch.gradients(found.loss))
+
+
+@pytest.mark.parametrize("chunk_size", [None, 16])
+def test_autocast_does_not_lower_the_precision(chunk_size):
+    batch = Batch(rows=64, dtype=torch.float32)
+    plain = batch.modx(chunk_size=chunk_size)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = batch.modx(chunk_size=chunk_size)
+    assert inside.loss.dtype == torch.float32
+    torch.testing.assert_close(inside.loss, plain.loss, rtol=1e-6, atol=1e-6)
+    assert_same_gradients(batch, inside.loss, plain.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_stays_float64():
+    assert Batch().modx().loss.dtype == torch.float64
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+PAIR = unit(4, DIM, 0), unit(4, DIM, 1)
+
+
+@pytest.mark.parametrize(
+    ("images", "texts"),
+    [
+        (unit(4, DIM, 0), unit(3, DIM, 1)),
+        (unit(4, DIM, 0), unit(4, DIM + 1, 1)),
+        (unit(4, DIM, 0)[0], unit(4, DIM, 1)[0]),
+        (unit(4, DIM, 0)[:0], unit(4, DIM, 1)[:0]),
+    ],
+    ids=["other number", "other width", "vectors", "no rows"],
+)
+def test_embeddings_that_do_not_fit_are_refused(images, texts):
+    with pytest.raises(ValueError, match="two \\(N, D\\) matrices"):
+        info_nce(images, texts, 1.0)
+    with pytest.raises(ValueError, match="two \\(N, D\\) matrices"):
+        affinity_distillation(images, texts, *PAIR)
+    with pytest.raises(ValueError, match="two \\(N, D\\) matrices"):
+        affinity_distillation(*PAIR, images, texts)
+
+
+@pytest.mark.parametrize("ids", [torch.arange(3), torch.arange(4.0), torch.zeros(4, 1, dtype=torch.long)])
+def test_ids_that_are_not_one_integer_a_pair_are_refused(ids):
+    with pytest.raises(ValueError, match="pair_ids must be 4 integers"):
+        info_nce(*PAIR, 1.0, pair_ids=ids)
+    with pytest.raises(ValueError, match="pair_ids must be 4 integers"):
+        affinity_distillation(*PAIR, *PAIR, pair_ids=ids)
+
+
+def test_old_model_of_another_batch_is_refused():
+    with pytest.raises(ValueError, match="embedded 3 pairs and the new one 4"):
+        affinity_distillation(*PAIR, unit(3, DIM, 0), unit(3, DIM, 1))
+
+
+def test_unknown_reduction_is_refused():
+    with pytest.raises(ValueError, match="'batchmean'"):
+        modx_loss(*PAIR, *PAIR, 1.0, reduction="batchmean")
+
+
+def test_negative_alpha_is_refused():
+    with pytest.raises(ValueError, match="alpha must not be negative"):
+        modx_loss(*PAIR, *PAIR, 1.0, alpha=-1.0)
+
+
+def test_chunk_size_of_zero_is_refused():
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        info_nce(*PAIR, 1.0, chunk_size=0)
