@@ -2,8 +2,8 @@
 
     python examples/compare_recipes.py --recipes finetune,modx,joint --seeds 0,1,2 --output_dir runs/comparison
 
-All recipes of a seed start from the same base weights and see the same data in the same order; every phase has the same
-number of steps (joint trains phase k for k times as many). Every further flag goes to `examples/continual_clip.py`.
+All recipes of a seed start from the same base weights and see the same data in the same order; every phase has the
+same number of steps (joint trains phase k for k times as many). Further flags go to `examples/continual_clip.py`.
 Runs that are finished are not done again. Writes `comparison.md` and, with the `plots` extra, `comparison.png`.
 """
 

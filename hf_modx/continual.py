@@ -73,9 +73,9 @@ class ContinualRun:
     """Train a model phase after phase and evaluate every test after every phase.
 
     The folder `args.output_dir` holds the run: `run.json` (what runs), `results.json` (the matrix), and `phase-K/`,
-    each a plain model that `from_pretrained` loads; `phase-0/` is the model before the first phase. Call `run` again after
-    any interruption: finished phases stay as they are, a phase begun goes on from its last checkpoint. A finished run
-    with MORE phases trains only the new ones.
+    each a plain model that `from_pretrained` loads; `phase-0/` is the model before the first phase. Call `run` again
+    after any interruption: finished phases stay as they are, a phase begun goes on from its last checkpoint. A
+    finished run with MORE phases trains only the new ones.
 
     Args:
         stream: the phases.

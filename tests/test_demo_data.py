@@ -19,8 +19,8 @@ from hf_modx.demo_data import (
     build_demo_dataset,
     demo_dataset,
     demo_processor,
+    fold_concepts,
     small_clip,
-    split_concepts,
 )
 
 
@@ -152,11 +152,22 @@ def test_glyphs_are_centred_within_a_white_margin(data, style):
         assert np.abs(before - after).max() <= 3  # the outermost pixel may be too pale to count
 
 
-def test_blueprint_has_pale_lines_on_dark_blue(data):
-    images = np.stack(pixels(data["blueprint"])).astype(float)
-    red, _, blue = np.median(images, axis=(0, 1, 2))
-    assert blue > 2 * red
-    assert (images.max(axis=(1, 2, 3)) > 180).all()
+def test_mosaic_has_one_colour_a_tile(data):
+    edges = [set(np.flatnonzero((image[:, 1:] != image[:, :-1]).any(axis=(0, 2)))) for image in pixels(data["mosaic"])]
+    assert len(set.union(*edges)) == 11
+
+
+def test_pastel_is_paler_than_the_art(data):
+    colourfulness = [
+        np.mean([np.ptp(image, axis=2).mean() for image in pixels(data[s])]) for s in ("openmoji", "pastel")
+    ]
+    assert 0.3 < colourfulness[1] / colourfulness[0] < 0.7
+
+
+def test_popart_changes_colours_and_keeps_lines(data):
+    art, popart = (np.stack(pixels(data[style])).astype(float) for style in ("openmoji", "popart"))
+    assert np.abs(art - popart).mean() > 10
+    assert np.corrcoef(art.mean(axis=3).ravel(), popart.mean(axis=3).ravel())[0, 1] > 0.9
 
 
 def test_a_concept_that_one_style_leaves_blank_is_dropped_from_all(few_concepts, monkeypatch):
@@ -239,33 +250,33 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch, function):
         function()
 
 
-# Split
+# Folds
 
 
-def test_split_is_disjoint_and_complete(data):
-    training, held_out = split_concepts(data["twemoji"])
-    assert sorted(training + held_out) == list(range(len(data["twemoji"])))
+def test_folds_are_disjoint_and_complete(data):
+    folds = fold_concepts(data["twemoji"], 4)
+    assert sorted(row for fold in folds for row in fold) == list(range(len(data["twemoji"])))
 
 
-def test_split_is_stratified_by_group(data):
+def test_folds_are_stratified_by_group(data):
     groups = np.asarray(data["twemoji"]["group"][:])
-    _, held_out = split_concepts(data["twemoji"], test_fraction=0.25)
     for group in set(groups):
-        assert (groups[held_out] == group).sum() == round(0.25 * (groups == group).sum())
+        shares = [(groups[fold] == group).sum() for fold in fold_concepts(data["twemoji"], 4)]
+        assert max(shares) - min(shares) <= 1
 
 
-def test_split_is_the_same_for_every_style_and_call(data):
-    assert all(split_concepts(data[style], seed=3) == split_concepts(data["twemoji"], seed=3) for style in STYLES)
+def test_folds_are_the_same_for_every_style_and_call(data):
+    assert all(fold_concepts(data[style], 4, 3) == fold_concepts(data["twemoji"], 4, 3) for style in STYLES)
 
 
-def test_split_depends_on_the_seed(data):
-    assert split_concepts(data["twemoji"], seed=0) != split_concepts(data["twemoji"], seed=1)
+def test_folds_depend_on_the_seed(data):
+    assert fold_concepts(data["twemoji"], 4, seed=0) != fold_concepts(data["twemoji"], 4, seed=1)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.1, 20])
-def test_split_rejects_fractions_out_of_range(data, fraction):
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        split_concepts(data["twemoji"], test_fraction=fraction)
+@pytest.mark.parametrize("num_folds", [0, 1, 10_000])
+def test_impossible_number_of_folds_is_rejected(data, num_folds):
+    with pytest.raises(ValueError, match="num_folds must lie between"):
+        fold_concepts(data["twemoji"], num_folds)
 
 
 # Processor and model
@@ -334,7 +345,7 @@ def test_padding_does_not_change_text_features(demo_clip_processor):
 
 
 def test_model_takes_the_processors_images_and_captions(demo_clip_processor, data):
-    rows = data["blueprint"][:3]
+    rows = data["popart"][:3]
     inputs = demo_clip_processor(text=rows["test_caption"], images=rows["image"], padding=True, return_tensors="pt")
     with torch.no_grad():
         outputs = small_clip(demo_clip_processor)(**inputs)
