@@ -33,7 +33,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream
 from hf_modx.cli import parse_arguments
-from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, demo_stream, trained_base
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream, trained_base
 from hf_modx.evaluation import EvaluationMatrix
 
 logger = logging.getLogger("hf_modx.example")
@@ -112,8 +112,11 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
 
 def defaults(chosen) -> dict:
     """The output folder names the recipe and the seed; the built-in data have settings that suit them."""
-    settings = {} if chosen.dataset_name else dict(DEMO_DEFAULTS)
-    return {**settings, "output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
+    settings = {"output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
+    if chosen.dataset_name is None:
+        options = DEMO_RECIPE_ARGS.get(chosen.recipe, {})
+        settings |= {**DEMO_DEFAULTS, "recipe_args": json.dumps(options)}
+    return settings
 
 
 def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseStream:

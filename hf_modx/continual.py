@@ -349,6 +349,10 @@ class ContinualRun:
             "summary": {metric: matrix.summary() for metric, matrix in matrices.items()},
             "training": [read_json(self.phase_folder(k) / "training.json") for k in range(1, len(self._rows))],
             "test_pairs": {name: len(dataset) for name, (dataset, _) in self.tests.items()},
+            "sources": {
+                phase.name: {"description": phase.train.info.description, "licence": phase.train.info.license}
+                for phase in self.stream.all_phases()
+            },
             "bad_samples": {
                 name: {"count": len(bad), "first": [str(sample) for sample in bad[:10]]}
                 for name, bad in self.bad_samples.items()

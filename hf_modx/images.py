@@ -16,7 +16,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = np.asarray(image, dtype=np.float32)
-        largest = 65535.0 if pixels.max(initial=0) > 255 else 255.0
+        # The mode does not say the range: the largest value tells which of the usual ones it is.
+        bounds = (1.0, 255.0) if image.mode == "F" else (255.0,)
+        largest = next((bound for bound in bounds if pixels.max(initial=0) <= bound), 65535.0)
         image = Image.fromarray((pixels.clip(0, largest) * (255.0 / largest)).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -35,6 +35,7 @@ def phase_card(identity: dict[str, Any], results: dict[str, Any], number: int) -
         matrix=matrix.to_markdown(),
         summary=_summary(matrix) if number else "",
         training=_training(identity, results, number),
+        sources=_sources(results),
     )
     return str(card)
 
@@ -62,6 +63,14 @@ def _training(identity: dict[str, Any], results: dict[str, Any], number: int) ->
     ]
     options = {**identity["recipe_args"], **identity["hyperparameters"]}
     lines += [f"- {name}: {value}" for name, value in options.items() if value is not None]
+    return "\n".join(lines)
+
+
+def _sources(results: dict[str, Any]) -> str:
+    lines = []
+    for name, source in results["sources"].items():
+        known = [" ".join(text.split()) for text in (source["description"], source["licence"]) if text]
+        lines.append(f"- {name}: {'; licence: '.join(known) or 'the data set states no licence'}")
     return "\n".join(lines)
 
 

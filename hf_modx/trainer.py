@@ -108,7 +108,8 @@ class ModXTrainer(Trainer):
             self.add_callback(callback)
         self.teacher = Teacher(teacher) if teacher is not None else None
         self._phase_start: dict[str, Tensor] = {}
-        self._remember_phase_start()
+        if train_dataset is not None:
+            self._remember_phase_start()
         self._records: dict[str, tuple[Tensor, int]] = {}
 
     @property

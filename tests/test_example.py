@@ -58,10 +58,10 @@ def test_no_arguments_run_the_built_in_stream(tmp_path):
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "runs" / "modx-seed0" / "results.json").read_text())
+    results = json.loads((tmp_path / "runs" / "modx-seed42" / "results.json").read_text())
     assert len(results["phases"]) == 3 and results["recipe"] == "modx"
     assert "| start |" in done.stdout and "forgetting" in done.stdout
-    assert "runs/modx-seed0/phase-0 to phase-3" in done.stdout
+    assert "runs/modx-seed42/phase-0 to phase-3" in done.stdout
 
 
 def test_splits_named_train_and_test_are_a_stream_as_they_stand(example, tmp_path):

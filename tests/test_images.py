@@ -221,3 +221,8 @@ def test_augmentation_leaves_its_input_alone():
     before = images.clone()
     augment_affine_color(images, generators(*range(6)))
     assert torch.equal(images, before)
+
+
+def test_float_images_of_unit_range_are_scaled():
+    image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
+    assert [image.mode, *np.asarray(to_rgb(image))[0, :, 0].tolist()] == ["F", 0, 127, 255]
