@@ -1,12 +1,11 @@
 """All phases of a run: teacher hand-over, evaluation after every phase, and going on where it stopped."""
 
 import copy
-import gc
 import hashlib
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from .evaluation import EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
 from .files import publish_folder, read_json, write_json
 from .model_card import phase_card
+from .overlap import leaked_rows
 from .phases import PhaseStream, content_fingerprint
 from .recipes import build_recipe
 from .trainer import ModXTrainer
@@ -112,11 +112,11 @@ class ContinualRun:
         self.args = args
         self.folder = Path(args.output_dir)
         self.recipe_name, self.loss_callbacks = _named_recipe(recipe, recipe_args or {})
-        self.recipe_args = dict(recipe_args or {})
+        self.recipe_args = {type(callback).__name__: _options(callback) for callback in self.loss_callbacks}
         self.callbacks = list(callbacks)
         self.state = PartialState()
         self.bad_samples: dict[str, list[BadSample]] = {}
-        self.stream = stream.map_parts(self._without_bad_samples)
+        self.stream = self._usable(stream)
         self._refuse_single_pairs()
         self.tests = self.stream.tests()
         self.model, self.processing_class = self._load_start(model, processing_class, revision)
@@ -135,8 +135,6 @@ class ContinualRun:
             if not self.phase_folder(number).exists():
                 trainer = self._train_phase(number)
             self._evaluate_phase(number, trainer)
-            del trainer
-            gc.collect()
         return self.matrix()
 
     def phase_folder(self, number: int) -> Path:
@@ -164,20 +162,20 @@ class ContinualRun:
 
     # ---- Before training ----
 
-    def _without_bad_samples(self, name: str, part: Dataset) -> Dataset:
-        found: list = [None]
-        if self.state.is_main_process:
-            # An error must reach every process, or the others would wait for ever.
-            try:
-                found = [find_bad_samples(part, self.args.image_column, self.args.caption_column, name)]
-            except (TypeError, ValueError) as error:
-                found = [error]
-        broadcast_object_list(found)
-        if isinstance(found[0], Exception):
-            raise found[0]
-        if found[0]:
-            self.bad_samples[name] = found[0]
-        return drop_bad_samples(part, found[0], self.args.bad_samples, name)
+    def _usable(self, stream: PhaseStream) -> PhaseStream:
+        """The stream without the rows that cannot be used, or an error that names them."""
+        columns = (self.args.image_column, self.args.caption_column)
+        tests = {name: dataset for name, (dataset, _) in stream.tests().items()}
+
+        def usable(name: str, part: Dataset) -> Dataset:
+            def find() -> list[BadSample]:
+                bad = find_bad_samples(part, *columns, name)
+                return bad if name.endswith("(test)") else bad + leaked_rows(part, tests, self.args.image_column)
+
+            self.bad_samples[name] = _on_main_process(find)
+            return drop_bad_samples(part, self.bad_samples[name], self.args.bad_samples, name)
+
+        return stream.map_parts(usable)
 
     def _refuse_single_pairs(self) -> None:
         for phase in self.stream:
@@ -237,11 +235,12 @@ class ContinualRun:
             "recipe_args": self.recipe_args,
             "hyperparameters": {name: _plain(getattr(self.args, name)) for name in HYPERPARAMETERS},
             "start": self.source["weights"],
+            "base": content_fingerprint(self.stream.base.train) if self.stream.base is not None else None,
             "phases": [
-                {"name": phase.name, "rows": len(phase.train), "train": content_fingerprint(phase.train)}
-                | ({"test": content_fingerprint(phase.test)} if phase.test is not None else {})
+                {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}
                 for phase in self.stream
             ],
+            "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in self.tests.items()},
         }
 
     def _save_start(self) -> None:
@@ -257,7 +256,8 @@ class ContinualRun:
         starts_from = 0 if self._starts_from_base else number - 1
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
-        trainer.train(resume_from_checkpoint=_last_complete_checkpoint(trainer.args.output_dir))
+        folder = trainer.args.output_dir
+        trainer.train(resume_from_checkpoint=_on_main_process(lambda: _last_complete_checkpoint(folder)))
         if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
             # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.
             raise RuntimeError(f"Phase {number} was interrupted. Run the same command again to go on.")
@@ -287,6 +287,7 @@ class ContinualRun:
             model=model,
             args=args,
             train_dataset=train_dataset,
+            eval_dataset={name: dataset for name, (dataset, _) in self.tests.items()},  # for eval_strategy
             processing_class=self.processing_class,
             callbacks=list(self.callbacks),
             loss_callbacks=self.loss_callbacks,
@@ -356,6 +357,7 @@ class ContinualRun:
             "bad_samples": {
                 name: {"count": len(bad), "first": [str(sample) for sample in bad[:10]]}
                 for name, bad in self.bad_samples.items()
+                if bad
             },
         }
         card = self.phase_folder(number) / "README.md"
@@ -364,6 +366,21 @@ class ContinualRun:
 
     def _learned_at(self) -> list[int | None]:
         return [learned_at for _, learned_at in self.tests.values()]
+
+
+def _on_main_process(function: Callable[[], Any]) -> Any:
+    """Call the function on the main process alone; every process gets its result, or raises its error: one that
+    raised alone would leave the others waiting for ever."""
+    answer: list = [None]
+    if PartialState().is_main_process:
+        try:
+            answer = [function()]
+        except Exception as error:
+            answer = [error]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -385,6 +402,15 @@ def _named_recipe(
     return "+".join(type(callback).__name__ for callback in recipe), list(recipe)
 
 
+def _options(callback: LossCallback) -> dict[str, Any]:
+    """The public settings of a callback that are plain values, for the identity of a run."""
+    return {
+        name: value
+        for name, value in sorted(vars(callback).items())
+        if not name.startswith("_") and isinstance(value, bool | int | float | str)
+    }
+
+
 def _phase_seed(args: ModXTrainingArguments, number: int) -> int:
     seed = args.data_seed if args.data_seed is not None else args.seed
     return 1000 * seed + number
@@ -397,7 +423,7 @@ def _plain(value: Any) -> Any:
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two identities, in words; more phases at the end are no difference."""
     found = []
-    for name in ("recipe", "recipe_args", "start"):
+    for name in ("recipe", "recipe_args", "start", "base"):
         if before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():
@@ -409,6 +435,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for number, (old, new) in enumerate(zip(before["phases"], now["phases"], strict=False), start=1):
         if old != new:
             found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
+    for name, old in before["tests"].items():
+        if old != now["tests"].get(name, old):
+            found.append(f"the test {name!r} had other data")
     return found
 
 

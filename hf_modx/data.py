@@ -30,6 +30,7 @@ class PairDataset(torch.utils.data.Dataset):
         columns = [image_column, caption_column]
         self.pair_id_column = pair_id_column if pair_id_column in dataset.column_names else None
         if self.pair_id_column:
+            check_pair_ids(dataset, pair_id_column)
             columns.append(pair_id_column)
         self.dataset = dataset.select_columns(columns)
         self.image_column = image_column
@@ -154,3 +155,14 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
         inner = caption_feature[0]
     if getattr(inner, "dtype", None) not in ("string", "large_string"):
         raise TypeError(f"Column {caption_column!r} holds {caption_feature}, not strings or lists of strings.")
+
+
+def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
+    """Raise a TypeError unless the column holds integers without nulls."""
+    feature = dataset.features[pair_id_column]
+    if getattr(feature, "dtype", "").startswith(("int", "uint")) and None not in dataset[pair_id_column]:
+        return
+    raise TypeError(
+        f"Column {pair_id_column!r} must hold integers without nulls, it holds {feature}. Number the ids "
+        f"(dataset.class_encode_column({pair_id_column!r})), rename the column, or name another with pair_id_column."
+    )

@@ -61,8 +61,9 @@ def _training(identity: dict[str, Any], results: dict[str, Any], number: int) ->
         f"- phase {k}: {phase['name']}, {phase['rows']} pairs{_kept(results['training'][k - 1])}"
         for k, phase in enumerate(identity["phases"][:number], start=1)
     ]
-    options = {**identity["recipe_args"], **identity["hyperparameters"]}
-    lines += [f"- {name}: {value}" for name, value in options.items() if value is not None]
+    for callback, options in identity["recipe_args"].items():
+        lines += [f"- {callback}: {name} {value}" for name, value in options.items()]
+    lines += [f"- {name}: {value}" for name, value in identity["hyperparameters"].items() if value is not None]
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict
 
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
@@ -185,7 +185,7 @@ class PhaseStream:
 
         Args:
             dataset: all pairs.
-            column: strings or integers without nulls.
+            column: strings, integers or class labels (which count by name), without nulls.
             order: the values in the order of the phases; values left out are not used. Default: in the order of their
                 first appearance.
             test_fraction: random share of each phase that is held out.
@@ -195,6 +195,9 @@ class PhaseStream:
             ValueError: no such column, nulls in it, or a value of `order` that does not occur.
         """
         values = _column(dataset, column)
+        feature = dataset.features[column]
+        if isinstance(feature, ClassLabel):
+            values = [feature.int2str(value) for value in values]
         order = list(dict.fromkeys(values)) if order is None else list(order)
         rows: dict = {value: [] for value in order}
         for row, value in enumerate(values):

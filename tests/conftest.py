@@ -1,5 +1,6 @@
 """Shared by all tests: nothing leaves the machine, caches are temporary, models are tiny."""
 
+import gc
 import os
 import tempfile
 
@@ -18,6 +19,9 @@ from hf_modx import ModXTrainingArguments
 from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 torch.set_num_threads(1)
+# accelerate collects garbage before every training run, half a second each time with all that is imported here: what
+# is there now stays for good and need not be looked through.
+gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,27 @@ def test_joint_starts_from_the_base_and_sees_everything(run):
     assert [seen[number][1:] for number in "12"] == [(3, 18), (6, 27)]
 
 
+def test_changed_callback_of_a_list_is_refused(run):
+    run(recipe=[ModX(alpha=2.0)])
+    with pytest.raises(ValueError, match="alpha"):
+        run(recipe=[ModX(alpha=3.0)])
+
+
+def test_tested_image_among_the_training_images_is_refused(run):
+    data = tiny_pairs(20)
+    leaky = Phase("leaky", data.select(range(12)), data.select(range(11, 15)))
+    with pytest.raises(ValueError, match=r"row 11: the image is also in the test 'leaky'"):
+        run(PhaseStream((leaky,)))
+
+
+def test_tested_image_is_left_out_of_training_when_asked(run, make_args):
+    data = tiny_pairs(20)
+    leaky = Phase("leaky", data.select(range(12)), data.select(range(11, 15)))
+    continual = run(PhaseStream((leaky,)), args=make_args(max_steps=3, bad_samples="skip"))
+    assert results(continual)["training"][0]["pairs"] == 11
+    assert results(continual)["bad_samples"]["leaky (train)"]["count"] == 1
+
+
 def test_finished_run_is_not_done_again(run, make_args):
     first = run()
     stamps = {path: path.stat().st_mtime_ns for path in first.folder.rglob("model.safetensors")}
@@ -250,6 +271,17 @@ def test_recipe_may_be_a_list_of_callbacks(run):
     assert content["recipe"] == "Contrastive+ModX"
 
 
+def test_tests_can_be_evaluated_during_a_phase(run, make_args):
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            seen.extend(name for name in metrics if name.endswith("image_to_text_recall@1") and name[:5] == "eval_")
+
+    run(args=make_args(max_steps=4, eval_strategy="steps", eval_steps=2), callbacks=[Watch()])
+    assert seen.count("eval_part 1_image_to_text_recall@1") == 4
+
+
 def test_kept_rows_of_each_phase_are_in_the_results(run):
     training = results(run())["training"]
     assert [record["steps"] for record in training] == [3, 3]
@@ -290,7 +322,7 @@ def test_caption_column_with_nulls_is_named(run):
 
 
 def test_bad_rows_are_skipped_and_counted_when_asked(run, make_args):
-    data = broken(broken(tiny_pairs(12), 2, caption=[]), 5, image=None)
+    data = broken(broken(tiny_pairs(12, start=36), 2, caption=[]), 5, image=None)
     continual = run(stream_with(data), args=make_args(max_steps=3, bad_samples="skip"))
     assert results(continual)["bad_samples"] == {
         "bad (train)": {"count": 2, "first": ["row 2: the caption is empty", "row 5: the image is null"]}

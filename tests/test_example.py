@@ -115,7 +115,7 @@ def test_yaml_file_comes_first_and_flags_override_it(start, tmp_path):
     identity = json.loads((out / "run.json").read_text())["identity"]
     assert identity["hyperparameters"]["learning_rate"] == 1e-4
     assert identity["hyperparameters"]["max_steps"] == 2
-    assert identity["recipe_args"] == {"alpha": 10.0}
+    assert identity["recipe_args"]["ModX"]["alpha"] == 10.0
 
 
 def test_dry_run_prints_phases_and_trains_nothing(start, tmp_path, capsys):

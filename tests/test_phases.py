@@ -443,3 +443,11 @@ def test_fingerprint_takes_every_kind_of_column():
 def test_fingerprint_of_other_content_is_another(change):
     data = pictures()
     assert content_fingerprint(change(data)) != content_fingerprint(data)
+
+
+def test_class_labels_name_their_phases():
+    data = Dataset.from_dict(
+        {"kind": [1, 0, 1, 0]}, features=datasets.Features({"kind": datasets.ClassLabel(names=["cat", "dog"])})
+    )
+    stream = PhaseStream.from_column(data, "kind", order=["cat", "dog"], test_fraction=0)
+    assert [phase.name for phase in stream] == ["cat", "dog"]

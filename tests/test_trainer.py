@@ -400,3 +400,10 @@ def test_one_string_a_row_is_a_caption_too(model, make_args, processor, pairs):
     single = Dataset.from_dict({"image": pairs["image"], "caption": [c[0] for c in pairs["caption"]]})
     single = single.cast_column("image", pairs.features["image"])
     assert train(model, make_args(), processor, single).state.global_step == 6
+
+
+@pytest.mark.parametrize("ids", [["sku"] * 48, [None, *range(47)]])
+def test_pair_ids_must_be_whole_numbers(model, make_args, processor, pairs, ids):
+    data = pairs.remove_columns("pair_id").add_column("pair_id", ids)
+    with pytest.raises(TypeError, match="class_encode_column"):
+        train(model, make_args(), processor, data)

@@ -45,20 +45,26 @@ class ModX(LossCallback):
             raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}.')
         self.alpha = alpha
         self.owns_contrastive = contrastive
-        self.options = {"distill_scale": distill_scale, "reduction": reduction, "chunk_size": chunk_size}
+        self.distill_scale = distill_scale
+        self.reduction = reduction
+        self.chunk_size = chunk_size
         self._start_counting()
 
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
+        options = {
+            "distill_scale": self.distill_scale,
+            "reduction": self.reduction,
+            "pair_ids": context.pair_ids,
+            "chunk_size": self.chunk_size,
+        }
         if self.owns_contrastive:
-            result = modx_loss(
-                *embeds, student.logit_scale, alpha=self.alpha, pair_ids=context.pair_ids, **self.options
-            )
+            result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **options)
             terms = {"contrastive": result.contrastive, "modx_distillation": self.alpha * result.distillation}
         else:
-            result = affinity_distillation(*embeds, pair_ids=context.pair_ids, **self.options)
+            result = affinity_distillation(*embeds, **options)
             terms = {"modx_distillation": self.alpha * result.loss}
         context.report("image_rows_kept", result.image_rows_kept)
         context.report("text_rows_kept", result.text_rows_kept)
