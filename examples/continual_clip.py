@@ -31,9 +31,9 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
-from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream
+from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.cli import parse_arguments
-from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream, trained_base
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream
 from hf_modx.evaluation import EvaluationMatrix
 
 logger = logging.getLogger("hf_modx.example")
@@ -81,6 +81,19 @@ class ScriptArguments:
             raise ValueError(f"--recipe_args must be JSON like '{{\"alpha\": 20}}': {error}") from error
         if not isinstance(self.recipe_options, dict):
             raise ValueError("--recipe_args must be a JSON object like '{\"alpha\": 20}'.")
+        if self.dataset_name is None and self.model_name_or_path is None:
+            self.recipe_options = {**DEMO_RECIPE_ARGS.get(self.recipe, {}), **self.recipe_options}
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self) -> None:
+        if self.phase_column is not None or self.num_phases is not None:
+            for name in ("phase_splits", "test_splits"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
+        if self.dataset_name is None:
+            for name in ("phase_column", "num_phases", "phase_splits", "test_splits"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name} needs --dataset_name: the built-in stream has phases of its own.")
 
 
 def main(argv: list[str]) -> EvaluationMatrix | None:
@@ -88,21 +101,20 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     stream = load_stream(script, args)
-    model = script.model_name_or_path
     if script.dry_run:
-        print(plan(stream, script, args))
+        if args.process_index == 0:
+            print(plan(stream, script, args))
         return None
-    if model is None:
-        if stream.base is None:
-            raise SystemExit("Give --model_name_or_path with your own data: the small CLIP is for the built-in one.")
-        model = trained_base(stream, args, script.base_max_steps)
+    if script.model_name_or_path is None and stream.base is None:
+        raise SystemExit("Give --model_name_or_path with your own data: the small CLIP is for the built-in one.")
     run = ContinualRun(
         stream,
         script.recipe,
         args,
-        model=model,
+        model=script.model_name_or_path,
         revision=script.model_revision,
         recipe_args=script.recipe_options,
+        base_max_steps=script.base_max_steps,
     )
     matrix = run.run()
     if args.process_index == 0:
@@ -110,12 +122,13 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     return matrix
 
 
-def defaults(chosen) -> dict:
-    """The output folder names the recipe and the seed; the built-in data have settings that suit them."""
+def defaults(chosen, given: set[str]) -> dict:
+    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data."""
     settings = {"output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
-    if chosen.dataset_name is None:
-        options = DEMO_RECIPE_ARGS.get(chosen.recipe, {})
-        settings |= {**DEMO_DEFAULTS, "recipe_args": json.dumps(options)}
+    if chosen.dataset_name is None and chosen.model_name_or_path is None:
+        settings |= DEMO_DEFAULTS
+        if "num_train_epochs" in given:
+            del settings["max_steps"]
     return settings
 
 
@@ -157,9 +170,7 @@ def with_images(dataset: Dataset, column: str) -> Dataset:
 def cut_into_phases(data: DatasetDict, script: ScriptArguments, seed: int) -> PhaseStream:
     fraction = script.test_fraction
     if script.phase_column is None and script.num_phases is None:
-        phases = script.phase_splits.split(",") if script.phase_splits else None
-        tests = script.test_splits.split(",") if script.test_splits else None
-        return PhaseStream.from_splits(data, phases, tests, fraction, seed)
+        return PhaseStream.from_splits(data, names(script.phase_splits), names(script.test_splits), fraction, seed)
     split = script.dataset_split or ("train" if "train" in data else next(iter(data)))
     if split not in data:
         raise SystemExit(f"There is no split {split!r}. The splits are: {', '.join(data)}.")
@@ -172,12 +183,19 @@ def cut_into_phases(data: DatasetDict, script: ScriptArguments, seed: int) -> Ph
     )
 
 
+def names(listed: str | None) -> list[str] | None:
+    return None if listed is None else [name.strip() for name in listed.split(",")]
+
+
 def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArguments) -> str:
-    steps = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    lines = [f"Recipe {script.recipe}, {args.contrastive_batch_size} pairs a step, {steps} a phase"]
+    lines = [f"Recipe {script.recipe}, {args.contrastive_batch_size} pairs a step"]
+    before = 0
     for number, phase in enumerate(stream.all_phases(), start=0 if stream.base else 1):
+        steps = script.base_max_steps if number == 0 else args.phase_steps(len(phase.train))
+        if number > 0 and any(callback.starts_from == "base" for callback in build_recipe(script.recipe)):
+            steps = before = before + steps
         test = f"{len(phase.test):,} to test" if phase.test is not None else "no test"
-        lines.append(f"phase {number}: {phase.name}, {len(phase.train):,} pairs to learn, {test}")
+        lines.append(f"phase {number}: {phase.name}, {len(phase.train):,} pairs to learn in {steps:,} steps, {test}")
     return "\n".join(lines)
 
 

@@ -31,7 +31,9 @@ class BadSample:
         return f"row {self.row}: {self.problem}"
 
 
-def find_bad_samples(dataset: Dataset, image_column: str, caption_column: str, name: str = "") -> list[BadSample]:
+def find_bad_samples(
+    dataset: Dataset, image_column: str, caption_column: str, name: str = "", shard: tuple[int, int] = (0, 1)
+) -> list[BadSample]:
     """Check every row: the image must decode, and there must be a caption that is not empty.
 
     It costs one pass of decoding, which is what one epoch pays for it too.
@@ -39,15 +41,19 @@ def find_bad_samples(dataset: Dataset, image_column: str, caption_column: str, n
     Args:
         dataset: the table. image_column, caption_column: its columns.
         name: shown beside the progress bar.
+        shard: (index, number): check only the rows whose number leaves this rest.
 
     Raises:
         ValueError, TypeError: see `check_columns`.
     """
     check_columns(dataset, image_column, caption_column)
     raw = dataset.select_columns([image_column, caption_column])
-    raw = raw.cast_column(image_column, datasets.Image(decode=False))
+    raw = raw.cast_column(image_column, datasets.Image(decode=False)).with_format(None)
+    index, number = shard
+    rows = range(index, len(raw), number)
     bad = []
-    for row, example in enumerate(tqdm(raw, desc=f"Checking {name}", leave=False, delay=2)):
+    for row in tqdm(rows, desc=f"Checking {name}", leave=False, delay=2, disable=index > 0):
+        example = raw[row]
         problem = _caption_problem(example[caption_column]) or _image_problem(example[image_column])
         if problem:
             bad.append(BadSample(row, problem))

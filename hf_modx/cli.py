@@ -62,7 +62,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: 
     Args:
         dataclasses: argument classes.
         argv: without the program's name.
-        defaults: function of the namespace parsed with the dataclasses' own defaults; returns other defaults.
+        defaults: function of the namespace parsed with the dataclasses' own defaults, and of the set of options that
+            are given; returns other defaults.
 
     Raises:
         SystemExit: a usage error, told on standard error.
@@ -75,7 +76,8 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: 
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             parser.error(str(error))
     if defaults is not None:
-        parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0]))
+        given = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
+        parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0], given))
     try:
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:

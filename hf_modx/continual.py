@@ -1,35 +1,35 @@
 """All phases of a run: teacher hand-over, evaluation after every phase, and going on where it stopped."""
 
 import copy
-import hashlib
+import gc
 import logging
-import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import AutoModel, AutoProcessor, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState
 
 from .bad_samples import BadSample, drop_bad_samples, find_bad_samples
-from .callbacks import LossCallback
-from .demo import trained_base
+from .callbacks import LossCallback, check_recipe
+from .data import check_columns, check_pair_ids, check_processor
+from .demo import BASE_MAX_STEPS, trained_base
+from .distributed import on_each_process, on_main_process
 from .embeddings import check_dual_encoder
 from .evaluation import EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
-from .files import publish_folder, read_json, write_json
+from .files import publish_folder, read_json, write_json, write_text
+from .identity import changes, run_identity, weights_fingerprint
 from .model_card import phase_card
-from .overlap import leaked_rows
-from .phases import PhaseStream, content_fingerprint
+from .overlap import image_digests, shared_rows
+from .phases import PhaseStream
 from .recipes import build_recipe
-from .trainer import ModXTrainer
+from .trainer import LOSS_CALLBACKS_NAME, ModXTrainer
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -38,34 +38,6 @@ METRICS = [
     *(f"{direction}_recall@{k}" for direction in ("image_to_text", "text_to_image") for k in RECALL_AT),
     "image_to_text_mrr",
     "text_to_image_mrr",
-]
-# What decides the weights of a run: changing one of these makes it a different run.
-HYPERPARAMETERS = [
-    "image_augmentation",
-    "text_learning_rate",
-    "freeze_vision_model",
-    "freeze_text_model",
-    "decay_logit_scale",
-    "max_logit_scale",
-    "learning_rate",
-    "weight_decay",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "optim",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "max_steps",
-    "num_train_epochs",
-    "gradient_accumulation_steps",
-    "dataloader_drop_last",
-    "bf16",
-    "fp16",
-    "seed",
-    "data_seed",
-    "bad_samples",
-    "contrastive_batch_size",
 ]
 
 
@@ -85,6 +57,7 @@ class ContinualRun:
         processing_class: its processor. Default: loaded from where the model is.
         recipe_args: options of a recipe given by name.
         revision: of a model given by name.
+        base_max_steps: optimizer steps of the small CLIP, where no model is given.
         callbacks: further TrainerCallbacks for every phase.
 
     Raises:
@@ -102,6 +75,7 @@ class ContinualRun:
         processing_class: Any = None,
         recipe_args: Mapping[str, Any] | None = None,
         revision: str | None = None,
+        base_max_steps: int = BASE_MAX_STEPS,
         callbacks: Sequence[TrainerCallback] = (),
     ):
         if args.push_to_hub:
@@ -109,17 +83,27 @@ class ContinualRun:
                 "This version does not push phases to the Hub. Leave out push_to_hub and upload OUT/phase-K with "
                 "`hf upload`."
             )
+        if model is None and stream.base is None:
+            raise ValueError("Without a model the stream needs a base to train the small CLIP on. Give a model.")
         self.args = args
         self.folder = Path(args.output_dir)
         self.recipe_name, self.loss_callbacks = _named_recipe(recipe, recipe_args or {})
-        self.recipe_args = {type(callback).__name__: _options(callback) for callback in self.loss_callbacks}
+        check_recipe(self.loss_callbacks)
         self.callbacks = list(callbacks)
         self.state = PartialState()
         self.bad_samples: dict[str, list[BadSample]] = {}
+        if model is not None:
+            model, processing_class = self._load_start(model, processing_class, revision)
         self.stream = self._usable(stream)
-        self._refuse_single_pairs()
         self.tests = self.stream.tests()
-        self.model, self.processing_class = self._load_start(model, processing_class, revision)
+        self._refuse_too_few_pairs()
+        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
+        if model is None:
+            self._refuse_other_run(self.identity)  # before the minutes that the base takes
+            model, processing_class = self._load_start(trained_base(self.stream, args, base_max_steps), None, None)
+        self.identity["start"] = weights_fingerprint(model)
+        self.model, self.processing_class = model, processing_class
+        self._model_class = type(model)
 
     def run(self) -> EvaluationMatrix:
         """Train what is not trained and evaluate what is not evaluated.
@@ -127,28 +111,31 @@ class ContinualRun:
         Returns:
             The matrix of image-to-text recall@1; `matrix(name)` has the other metrics.
         """
-        self._identify()
-        self._save_start()
+        self._start()
         self._read_results()
         for number in range(len(self.stream) + 1):
             trainer = None
-            if not self.phase_folder(number).exists():
+            if not self._is_finished(number):
                 trainer = self._train_phase(number)
             self._evaluate_phase(number, trainer)
+            # A Trainer lives in reference cycles: without this its model, teacher and optimizer would stay in memory
+            # beside the next phase's.
+            del trainer
+            gc.collect()
         return self.matrix()
+
+    def _is_finished(self, number: int) -> bool:
+        """The phase lies on the disk, or has lain there: its row is in the results."""
+        return self.phase_folder(number).exists() or bool(number < len(self._rows) and self._rows[number])
 
     def phase_folder(self, number: int) -> Path:
         """Where the model after phase `number` lies; 0 is the model before the first phase."""
         return self.folder / f"phase-{number}"
 
     def steps(self, number: int) -> int:
-        """Optimizer steps of phase `number`, 1 being the first."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        batches, rest = divmod(len(self.stream.phases[number - 1].train), self.args.contrastive_batch_size)
-        if rest and (batches == 0 or not self.args.dataloader_drop_last):
-            batches += 1
-        return math.ceil(self.args.num_train_epochs * math.ceil(batches / self.args.gradient_accumulation_steps))
+        """Optimizer steps that phase `number`, 1 being the first, takes."""
+        first = 1 if self._starts_from_base else number
+        return sum(self.args.phase_steps(len(self.stream.phases[k - 1].train)) for k in range(first, number + 1))
 
     def matrix(self, metric: str = METRICS[0]) -> EvaluationMatrix:
         """The matrix of one metric as far as it is measured."""
@@ -165,99 +152,120 @@ class ContinualRun:
     def _usable(self, stream: PhaseStream) -> PhaseStream:
         """The stream without the rows that cannot be used, or an error that names them."""
         columns = (self.args.image_column, self.args.caption_column)
-        tests = {name: dataset for name, (dataset, _) in stream.tests().items()}
 
         def usable(name: str, part: Dataset) -> Dataset:
-            def find() -> list[BadSample]:
-                bad = find_bad_samples(part, *columns, name)
-                return bad if name.endswith("(test)") else bad + leaked_rows(part, tests, self.args.image_column)
+            check_columns(part, *columns)
+            if self.args.pair_id_column in part.column_names:
+                check_pair_ids(part, self.args.pair_id_column)
+            bad = on_each_process(lambda rank, number: find_bad_samples(part, *columns, name, (rank, number)))
+            return self._leave_out(name, part, sorted(bad, key=lambda sample: sample.row))
 
-            self.bad_samples[name] = _on_main_process(find)
-            return drop_bad_samples(part, self.bad_samples[name], self.args.bad_samples, name)
+        return self._without_leaks(stream.map_parts(usable))
 
-        return stream.map_parts(usable)
+    def _without_leaks(self, stream: PhaseStream) -> PhaseStream:
+        """No image is both learned and tested. Where it is, the part that came first keeps it: with next month's
+        data the months before stay as they were."""
+        learned: dict[bytes | None, str] = {}
+        tested: dict[bytes | None, str] = {}
 
-    def _refuse_single_pairs(self) -> None:
+        def clean(name: str, part: Dataset) -> Dataset:
+            digests = on_main_process(lambda: image_digests(part, self.args.image_column))
+            own, others = (tested, learned) if name.endswith("(test)") else (learned, tested)
+            shared = shared_rows(digests, others)
+            left_out = {sample.row for sample in shared}
+            own.update((digest, name) for row, digest in enumerate(digests) if row not in left_out)
+            return self._leave_out(name, part, shared)
+
+        return stream.map_parts(clean)
+
+    def _leave_out(self, name: str, part: Dataset, bad: list[BadSample]) -> Dataset:
+        if bad:
+            self.bad_samples[name] = self.bad_samples.get(name, []) + bad
+        return drop_bad_samples(part, bad, self.args.bad_samples, name)
+
+    def _refuse_too_few_pairs(self) -> None:
         for phase in self.stream:
             if min(len(phase.train), self.args.contrastive_batch_size) < 2:
                 raise ValueError(
                     f"Phase {phase.name!r}: a contrastive batch of one pair has no negatives "
                     f"({len(phase.train)} pairs, per_device_train_batch_size {self.args.per_device_train_batch_size})."
                 )
+        for name, (dataset, _) in self.tests.items():
+            if len(dataset) < self.state.num_processes:
+                raise ValueError(
+                    f"Test {name!r} has {len(dataset)} rows, too few for {self.state.num_processes} processes."
+                )
+        if not self.tests:
+            logger.warning("No phase has a test: nothing will tell what was forgotten. See test_fraction.")
 
-    def _load_start(self, model: nn.Module | str | None, processing_class: Any, revision: str | None) -> tuple:
-        source = "a model in memory"
-        if model is None:
-            if self.stream.base is None:
-                raise ValueError("Without a model the stream needs a base to train the small CLIP on. Give a model.")
-            model = trained_base(self.stream, self.args)
+    def _load_start(self, model: nn.Module | str | Path, processing_class: Any, revision: str | None) -> tuple:
+        self.source = {"name": "a model in memory", "revision": revision}
         if isinstance(model, str | Path):
-            source = str(model)
-            processing_class = processing_class or AutoProcessor.from_pretrained(source, revision=revision)
+            self.source["name"] = str(model)
+            processing_class = processing_class or AutoProcessor.from_pretrained(model, revision=revision)
             # Weights are trained in fp32 whatever they are stored in; bf16 is a matter of autocast.
-            model = AutoModel.from_pretrained(source, revision=revision, dtype=torch.float32)
+            model = AutoModel.from_pretrained(model, revision=revision, dtype=torch.float32)
         check_dual_encoder(model)
         if processing_class is None:
             raise ValueError("Give the model's processor as processing_class, for instance a CLIPProcessor.")
-        self.source = {"name": source, "revision": revision, "weights": weights_fingerprint(model)}
+        check_processor(processing_class)
         return model, processing_class
 
-    def _identify(self) -> None:
-        """Write run.json, or refuse to go on in a folder that holds a different run."""
-        path = self.folder / "run.json"
-        identity = self._identity()
-        before = read_json(path)
-        if before is not None:
-            changes = _changes(before["identity"], identity)
-            if changes:
-                raise ValueError(
-                    f"{self.folder} holds a different run: {'; '.join(changes)}. Choose another output_dir, or give "
-                    "the same settings to go on."
-                )
-        elif self.phase_folder(0).exists():
+    def _refuse_other_run(self, identity: dict[str, Any]) -> None:
+        """Raise unless the folder is free, holds the same run, or one that has trained nothing yet."""
+        before = read_json(self.folder / "run.json")
+        if before is None and self.phase_folder(0).exists():
             raise ValueError(f"{self.folder} holds phases but no run.json. Choose another output_dir.")
+        differences = changes(before["identity"], identity) if before is not None and self._has_trained() else []
+        if differences:
+            raise ValueError(
+                f"{self.folder} holds a different run: {'; '.join(differences)}. Choose another output_dir, or give "
+                "the same settings to go on."
+            )
+
+    def _has_trained(self) -> bool:
+        return any(self.folder.glob("phase-[1-9]*")) or any(self.folder.glob("checkpoints/*/checkpoint-*"))
+
+    def _start(self) -> None:
+        """Write run.json and phase-0."""
+        self._refuse_other_run(self.identity)
+        fresh = self.model is not None and not self._has_trained()
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                # Of a start that was given up, or corrected, before it trained.
+                shutil.rmtree(self.phase_folder(0), ignore_errors=True)
+                (self.folder / "results.json").unlink(missing_ok=True)
             packages = ("hf_modx", "transformers", "accelerate", "datasets", "torch")
             write_json(
-                path,
+                self.folder / "run.json",
                 {
-                    "identity": identity,
+                    "identity": self.identity,
+                    "model": self.source,
                     "versions": {name: version(name) for name in packages},
                     "processes": self.state.num_processes,
                 },
             )
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe_name,
-            "recipe_args": self.recipe_args,
-            "hyperparameters": {name: _plain(getattr(self.args, name)) for name in HYPERPARAMETERS},
-            "start": self.source["weights"],
-            "base": content_fingerprint(self.stream.base.train) if self.stream.base is not None else None,
-            "phases": [
-                {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}
-                for phase in self.stream
-            ],
-            "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in self.tests.items()},
-        }
-
-    def _save_start(self) -> None:
-        if not self.phase_folder(0).exists():
+        if fresh:
             self._publish(0, self.model)
-        self._model_class = type(self.model)
-        self.model = None
+        self.model = None  # from here on models come from the folders of the phases
 
     # ---- One phase ----
 
-    def _train_phase(self, number: int) -> ModXTrainer:
+    def _train_phase(self, number: int) -> ModXTrainer | None:
         phase = self.stream.phases[number - 1]
         starts_from = 0 if self._starts_from_base else number - 1
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         folder = trainer.args.output_dir
-        trainer.train(resume_from_checkpoint=_on_main_process(lambda: _last_complete_checkpoint(folder)))
+        checkpoint = on_main_process(lambda: _last_complete_checkpoint(folder))
+        if checkpoint is not None and _steps_of(checkpoint).global_step >= self.steps(number):
+            # Interrupted between the last step and the publishing: the Trainer would do one step too many.
+            trainer.state = _steps_of(checkpoint)
+            self._publish(number, self._model_class.from_pretrained(checkpoint), _training_record(trainer))
+            return None
+        trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
             # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.
             raise RuntimeError(f"Phase {number} was interrupted. Run the same command again to go on.")
@@ -282,7 +290,7 @@ class ContinualRun:
         args.output_dir = str(self.folder / "checkpoints" / f"phase-{number}")
         args.data_seed = _phase_seed(self.args, number)
         if self._starts_from_base:
-            args.max_steps = sum(self.steps(k) for k in range(1, number + 1))
+            args.max_steps = self.steps(number)
         return ModXTrainer(
             model=model,
             args=args,
@@ -294,7 +302,10 @@ class ContinualRun:
         )
 
     def _load_phase(self, number: int) -> nn.Module:
-        return self._model_class.from_pretrained(self.phase_folder(number), dtype=torch.float32)
+        folder = self.phase_folder(number)
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder} is needed to go on and is not there any more.")
+        return self._model_class.from_pretrained(folder, dtype=torch.float32)
 
     def _publish(self, number: int, model: nn.Module, record: dict[str, Any] | None = None) -> None:
         self.state.wait_for_everyone()
@@ -313,15 +324,20 @@ class ContinualRun:
 
     def _evaluate_phase(self, number: int, trainer: ModXTrainer | None) -> None:
         """Fill the row of a phase: all of it after its training, later only what a longer stream adds."""
-        while len(self._rows) <= number:
+        is_new = number == len(self._rows)
+        if is_new:
             self._rows.append({})
         row = self._rows[number]
         missing = {name: dataset for name, (dataset, _) in self.tests.items() if name not in row}
-        if missing:
-            trainer = trainer or self._trainer(number, self._load_phase(number), None)
-            for name, dataset in missing.items():
-                metrics = trainer.evaluate(dataset, metric_key_prefix=name)
-                row[name] = {metric: metrics[f"{name}_{metric}"] for metric in METRICS}
+        if missing and trainer is None and not self.phase_folder(number).exists():
+            logger.warning("%s is gone: its row cannot be completed.", self.phase_folder(number))
+            return
+        if missing and trainer is None:
+            trainer = self._trainer(number, self._load_phase(number), None)
+        for name, dataset in missing.items():
+            metrics = trainer.evaluate(dataset, metric_key_prefix=name)
+            row[name] = {metric: metrics[f"{name}_{metric}"] for metric in METRICS}
+        if missing or is_new:
             self._write_results(number)
 
     def _read_results(self) -> None:
@@ -345,7 +361,7 @@ class ContinualRun:
             "recipe": self.recipe_name,
             "phases": matrices[METRICS[0]].phases,
             "tests": list(self.tests),
-            "learned_at": self._learned_at(),
+            "learned_at": matrices[METRICS[0]].learned_at,
             "matrix": {metric: matrix.to_lists() for metric, matrix in matrices.items()},
             "summary": {metric: matrix.summary() for metric, matrix in matrices.items()},
             "training": [read_json(self.phase_folder(k) / "training.json") for k in range(1, len(self._rows))],
@@ -360,36 +376,11 @@ class ContinualRun:
                 if bad
             },
         }
-        card = self.phase_folder(number) / "README.md"
-        card.write_text(phase_card(self._identity(), results, number), encoding="utf-8")
+        write_text(self.phase_folder(number) / "README.md", phase_card(self.identity, results, number))
         write_json(self.folder / "results.json", results)
 
     def _learned_at(self) -> list[int | None]:
         return [learned_at for _, learned_at in self.tests.values()]
-
-
-def _on_main_process(function: Callable[[], Any]) -> Any:
-    """Call the function on the main process alone; every process gets its result, or raises its error: one that
-    raised alone would leave the others waiting for ever."""
-    answer: list = [None]
-    if PartialState().is_main_process:
-        try:
-            answer = [function()]
-        except Exception as error:
-            answer = [error]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
-        raise answer[0]
-    return answer[0]
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters, the first 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _named_recipe(
@@ -402,68 +393,37 @@ def _named_recipe(
     return "+".join(type(callback).__name__ for callback in recipe), list(recipe)
 
 
-def _options(callback: LossCallback) -> dict[str, Any]:
-    """The public settings of a callback that are plain values, for the identity of a run."""
-    return {
-        name: value
-        for name, value in sorted(vars(callback).items())
-        if not name.startswith("_") and isinstance(value, bool | int | float | str)
-    }
-
-
 def _phase_seed(args: ModXTrainingArguments, number: int) -> int:
     seed = args.data_seed if args.data_seed is not None else args.seed
     return 1000 * seed + number
 
 
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
-
-
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, in words; more phases at the end are no difference."""
-    found = []
-    for name in ("recipe", "recipe_args", "start", "base"):
-        if before[name] != now[name]:
-            found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
-    for name, value in now["hyperparameters"].items():
-        old = before["hyperparameters"].get(name)
-        if old != value:
-            found.append(f"{name} was {old!r} and is {value!r}")
-    if len(before["phases"]) > len(now["phases"]):
-        found.append(f"it has {len(before['phases'])} phases and {len(now['phases'])} are given")
-    for number, (old, new) in enumerate(zip(before["phases"], now["phases"], strict=False), start=1):
-        if old != new:
-            found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
-    for name, old in before["tests"].items():
-        if old != now["tests"].get(name, old):
-            found.append(f"the test {name!r} had other data")
-    return found
-
-
 def _last_complete_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint whose last file was written, or None to start the phase afresh."""
-    root = Path(folder)
-    while root.exists():
-        checkpoint = get_last_checkpoint(folder)
-        if checkpoint is None:
-            return None
-        needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors")
-        if all((Path(checkpoint) / name).exists() for name in needed):
-            return checkpoint
+    """The newest checkpoint to which nothing is missing, or None to start the phase afresh. The Trainer itself would
+    go on from a part of one with a fresh optimizer, and say nothing."""
+    checkpoints = sorted(
+        Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True
+    )
+    for checkpoint in checkpoints:
+        needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", LOSS_CALLBACKS_NAME)
+        if all((checkpoint / name).exists() for name in needed) and any(checkpoint.glob("rng_state*.pth")):
+            return str(checkpoint)
         logger.warning("%s is incomplete and left out.", checkpoint)
-        shutil.rmtree(checkpoint)
     return None
+
+
+def _steps_of(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 
 def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     """What the log of a phase says in short: how many rows the old model had right, and the time."""
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    history = trainer.state.log_history
     record: dict[str, Any] = {"steps": trainer.state.global_step, "pairs": len(trainer.train_dataset)}
     for name in ("image_rows_kept", "text_rows_kept"):
         values = [entry[name] for entry in history if name in entry]
         if values:
             record[name] = {"first": values[0], "mean": sum(values) / len(values), "last": values[-1]}
     for name in ("train_runtime", "train_samples_per_second"):
-        record[name] = next((entry[name] for entry in reversed(trainer.state.log_history) if name in entry), None)
+        record[name] = next((entry[name] for entry in reversed(history) if name in entry), None)
     return record

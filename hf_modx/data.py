@@ -32,7 +32,7 @@ class PairDataset(torch.utils.data.Dataset):
         if self.pair_id_column:
             check_pair_ids(dataset, pair_id_column)
             columns.append(pair_id_column)
-        self.dataset = dataset.select_columns(columns)
+        self.dataset = dataset.select_columns(columns).with_format(None)
         self.image_column = image_column
         self.caption_column = caption_column
 
@@ -45,7 +45,12 @@ class PairDataset(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """A whole batch in one look into the table, which is what the DataLoader asks for."""
         places = [divmod(int(index), len(self.dataset)) for index in indices]
-        rows = self.dataset[[row for _, row in places]]
+        try:
+            rows = self.dataset[[row for _, row in places]]
+        except (OSError, SyntaxError) as error:
+            raise ValueError(
+                f"An image among the rows {[row for _, row in places]} cannot be decoded: {error}"
+            ) from error
         pair_ids = rows[self.pair_id_column] if self.pair_id_column else [row for _, row in places]
         return [
             {
@@ -91,12 +96,17 @@ class PairCollator:
         processing_class: a processor with an image processor and a tokenizer, as `CLIPProcessor`.
         seed: of this phase's random choices.
         image_augmentation: "none" or "affine_color".
+        max_length: tokens to which a caption is cut; default: what the tokenizer says.
 
     Returns, when called with N items of `PairDataset`: `pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
     (N, T) padded to the longest and truncated to the context, `row_id` and `pair_id` (N,).
     """
 
-    def __init__(self, processing_class: Any, seed: int = 0, image_augmentation: str = "none"):
+    def __init__(
+        self, processing_class: Any, seed: int = 0, image_augmentation: str = "none", max_length: int | None = None
+    ):
+        check_processor(processing_class)
+        self.max_length = max_length
         self.image_processor = processing_class.image_processor
         self.tokenizer = processing_class.tokenizer
         self.seed = seed
@@ -104,6 +114,7 @@ class PairCollator:
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         generators = [np.random.default_rng([self.seed, pair["epoch"], pair["row_id"]]) for pair in pairs]
+        self._refuse_missing_captions(pairs)
         captions = [
             pair["captions"][generator.integers(len(pair["captions"]))]
             for pair, generator in zip(pairs, generators, strict=True)
@@ -118,11 +129,19 @@ class PairCollator:
             "pair_id": torch.tensor([pair["pair_id"] for pair in pairs]),
         }
 
+    @staticmethod
+    def _refuse_missing_captions(pairs: Sequence[dict[str, Any]]) -> None:
+        rows = [pair["row_id"] for pair in pairs if not pair["captions"]]
+        if rows:
+            raise ValueError(f"Rows {rows} have no caption: null, empty or blank. Leave them out.")
+
     def pixel_values(self, images: list) -> Tensor:
         return self.image_processor(images, return_tensors="pt")["pixel_values"]
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
-        tokens = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            captions, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        )
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
 
 
@@ -160,9 +179,20 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
 def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
     """Raise a TypeError unless the column holds integers without nulls."""
     feature = dataset.features[pair_id_column]
-    if getattr(feature, "dtype", "").startswith(("int", "uint")) and None not in dataset[pair_id_column]:
+    whole = getattr(feature, "dtype", "").startswith(("int", "uint"))
+    if whole and dataset.data.column(pair_id_column).null_count == 0:
         return
     raise TypeError(
         f"Column {pair_id_column!r} must hold integers without nulls, it holds {feature}. Number the ids "
         f"(dataset.class_encode_column({pair_id_column!r})), rename the column, or name another with pair_id_column."
     )
+
+
+def check_processor(processing_class: Any) -> None:
+    """Raise a TypeError unless the processor has an image processor and a tokenizer."""
+    missing = [name for name in ("image_processor", "tokenizer") if not hasattr(processing_class, name)]
+    if missing:
+        raise TypeError(
+            f"processing_class must be a processor for images and texts like CLIPProcessor; "
+            f"{type(processing_class).__name__} has no {' and no '.join(missing)}."
+        )

@@ -16,7 +16,9 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from huggingface_hub import constants
 
+from .data import as_captions
 from .demo_data import ARTISTS, RENDERINGS, demo_dataset, demo_processor, fold_concepts, small_clip
+from .distributed import on_main_process
 from .files import publish_folder
 from .phases import Phase, PhaseStream, content_fingerprint
 from .trainer import ModXTrainer
@@ -85,7 +87,8 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
         The folder of the model and its processor, for `from_pretrained`.
     """
     base = stream.base
-    processor = demo_processor(caption for captions in base.train[args.caption_column] for caption in captions)
+    captions = (caption for value in base.train[args.caption_column] for caption in as_captions(value))
+    processor = demo_processor(captions)
     model = small_clip(processor, seed=args.seed)
     settings = {
         "config": model.config.to_dict(),
@@ -98,10 +101,7 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = Path(constants.HF_HOME) / "hf_modx" / "bases" / fingerprint
-    state = PartialState()
-    found = folder.exists()
-    state.wait_for_everyone()
-    if not found:
+    if not on_main_process(folder.exists):
         logger.warning("Training the base model for %d steps (once, then cached)", base_max_steps)
         _train_base(model, processor, base, args, base_max_steps, folder)
     return str(folder)
@@ -120,7 +120,7 @@ def _train_base(model, processor, base: Phase, args: ModXTrainingArguments, max_
         trainer.train()
     if state.is_main_process:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".base-", dir=folder.parent))
+        temporary = folder.parent / f".{folder.name}-{os.getpid()}"
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(temporary)
         processor.save_pretrained(temporary)
         try:

@@ -1,11 +1,30 @@
-"""Gathering rows from all processes, with gradient."""
+"""Gathering rows from all processes with gradient, and doing something on one of them for all."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 
 
-def all_gather_rows(rows: Tensor) -> Tensor:
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def row_counts(rows: Tensor) -> list[int]:
+    """How many rows each process holds, in the order of the ranks."""
+    if world_size() == 1:
+        return [len(rows)]
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    return torch.cat(counts).tolist()
+
+
+def all_gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     """Concatenate every process's rows, in the order of the ranks; the number of rows may differ between processes.
 
     The gradient of a local row is the SUM over all processes of the gradients that reached it. With the whole loss
@@ -14,19 +33,43 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
     Args:
         rows: (n, ...) on each process; the trailing shape is the same everywhere.
+        counts: what `row_counts` says of these rows, where it is known; spares an exchange.
 
     Returns:
-        (sum of n, ...). Without a process group, or with one process, the input itself.
+        (sum of n, ...). With one process, the input itself.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return rows
-    return _AllGatherRows.apply(rows, _row_counts(rows))
+    return _AllGatherRows.apply(rows, row_counts(rows) if counts is None else counts)
 
 
-def _row_counts(rows: Tensor) -> list[int]:
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    return torch.cat(counts).tolist()
+def on_main_process(function: Callable[[], Any]) -> Any:
+    """Call the function on the main process alone; every process gets its result, or raises its error: one that
+    raised alone would leave the others waiting for ever."""
+    answer = [_attempt(function)] if PartialState().is_main_process else [None]
+    return _raise_or_return(broadcast_object_list(answer))[0]
+
+
+def on_each_process(function: Callable[[int, int], list]) -> list:
+    """Call `function(rank, number of processes)` everywhere and join the lists, in the order of the ranks; an error on
+    one process is raised on all."""
+    state = PartialState()
+    answers = gather_object([_attempt(lambda: function(state.process_index, state.num_processes))])
+    return [item for answer in _raise_or_return(answers) for item in answer]
+
+
+def _attempt(function: Callable[[], Any]) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        return error
+
+
+def _raise_or_return(answers: list) -> list:
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
 
 
 class _AllGatherRows(torch.autograd.Function):
@@ -42,7 +85,7 @@ class _AllGatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # autograd may hold it for others as well
         dist.all_reduce(gradient)
         rank = dist.get_rank()
         start = sum(ctx.counts[:rank])

@@ -30,6 +30,8 @@ def check_dual_encoder(model: nn.Module) -> None:
             f"{type(model).__name__} is no dual encoder: it has no {', '.join(missing)}. Give a model with an image "
             "and a text tower in one space, for instance CLIPModel.from_pretrained(...)."
         )
+    if hasattr(model, "logit_bias"):
+        raise TypeError(f"{type(model).__name__} is made for the sigmoid loss, which this version does not have.")
 
 
 def embed_pairs(model: nn.Module, dual_encoder: nn.Module, batch: Mapping[str, Tensor]) -> PairEmbeddings:

@@ -52,7 +52,9 @@ def _what(identity: dict[str, Any], results: dict[str, Any], number: int) -> str
 
 def _summary(matrix: EvaluationMatrix) -> str:
     values = matrix.summary()
-    return "\n".join(f"- {name.replace('_', ' ')}: {100 * value:.1f}" for name, value in values.items() if value)
+    return "\n".join(
+        f"- {name.replace('_', ' ')}: {100 * value:.1f}" for name, value in values.items() if value is not None
+    )
 
 
 def _training(identity: dict[str, Any], results: dict[str, Any], number: int) -> str:

@@ -1,7 +1,7 @@
 """Test images that are trained on: a leak that makes recall look better than it is."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import datasets
@@ -16,20 +16,17 @@ def image_digests(dataset: Dataset, image_column: str) -> list[bytes | None]:
     return [_digest(example[image_column]) for example in raw]
 
 
-def leaked_rows(train: Dataset, tests: Mapping[str, Dataset], image_column: str) -> list[BadSample]:
-    """The rows of a training part whose image, byte for byte, is also an image of a test.
+def shared_rows(digests: Iterable[bytes | None], others: Mapping[bytes | None, str]) -> list[BadSample]:
+    """The rows whose image, byte for byte, is also in another part.
 
     Args:
-        train: a training part.
-        tests: test sets by name.
-        image_column: in all of them.
+        digests: of the rows, from `image_digests`.
+        others: digest -> name of the part that holds it.
     """
-    tested = {digest: name for name, test in tests.items() for digest in image_digests(test, image_column)}
-    tested.pop(None, None)
     return [
-        BadSample(row, f"the image is also in the test {tested[digest]!r}")
-        for row, digest in enumerate(image_digests(train, image_column))
-        if digest in tested
+        BadSample(row, f"the image is also in {others[digest]}")
+        for row, digest in enumerate(digests)
+        if digest is not None and digest in others
     ]
 
 

@@ -29,6 +29,8 @@ class Phase:
 
     def __post_init__(self):
         for part in (self.train, self.test):
+            if not isinstance(part, Dataset | None):
+                raise TypeError(f"Phase {self.name!r}: expected a datasets.Dataset, got {type(part).__name__}.")
             if part is not None and len(part) == 0:
                 which = "training" if part is self.train else "test"
                 raise ValueError(f"Phase {self.name!r} has an empty {which} part.")
@@ -85,7 +87,8 @@ class PhaseStream:
 
     def map_parts(self, change) -> "PhaseStream":
         """The same stream with `change(name, part)` in the place of every training and test set; the name is the
-        phase's and the part's, as in "phase_1 (train)"."""
+        phase's and the part's, as in "phase_1 (train)". In the order of the stream, a test before its training part.
+        """
 
         def changed(phase: Phase | None) -> Phase | None:
             if phase is None:
@@ -93,8 +96,10 @@ class PhaseStream:
             test = None if phase.test is None else change(f"{phase.name} (test)", phase.test)
             return replace(phase, train=change(f"{phase.name} (train)", phase.train), test=test)
 
+        base = changed(self.base)
+        phases = tuple(changed(phase) for phase in self.phases)
         extra = {name: change(f"{name} (test)", dataset) for name, dataset in self.extra_tests.items()}
-        return PhaseStream(tuple(changed(phase) for phase in self.phases), changed(self.base), extra)
+        return PhaseStream(phases, base, extra)
 
     def _refuse_overlap(self) -> None:
         """The same table twice among the phases' parts, or as training part and as extra test, is a mistake in the
@@ -116,7 +121,7 @@ class PhaseStream:
         splits: DatasetDict | Mapping[str, Dataset],
         phase_splits: Sequence[str] | None = None,
         test_splits: Sequence[str] | None = None,
-        test_fraction: float = 0.0,
+        test_fraction: float = 0.1,
         seed: int = 0,
     ) -> "PhaseStream":
         """Phases from named splits.
@@ -132,6 +137,8 @@ class PhaseStream:
         Raises:
             ValueError: unknown or repeated splits, test splits without phase splits, empty or overlapping parts.
         """
+        if not isinstance(splits, Mapping):
+            raise TypeError(f"Expected splits by name (a DatasetDict), got {type(splits).__name__}.")
         if phase_splits is None:
             if test_splits is not None:
                 raise ValueError("test_splits need phase_splits: say which training split each of them belongs to.")

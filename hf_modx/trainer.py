@@ -1,5 +1,6 @@
 """The Trainer of one phase."""
 
+import copy
 import logging
 import os
 import time
@@ -12,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from .callbacks import LogitScaleClamp, LossCallback, LossContext, check_recipe
 from .data import EpochSampler, PairCollator, PairDataset
-from .distributed import all_gather_rows
+from .distributed import all_gather_rows, row_counts, world_size
 from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs
-from .evaluation.encoding import encode_pairs
+from .evaluation.encoding import EncodedPairs, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
 from .losses import info_nce
 from .recipes import build_recipe
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 LOSS_CALLBACKS_NAME = "loss_callbacks.safetensors"
 TEXT_TOWER = ("text_model.", "text_projection.")
-VISION_TOWER = ("vision_model.", "visual_projection.")
 
 
 class ModXTrainer(Trainer):
@@ -101,8 +101,9 @@ class ModXTrainer(Trainer):
         self._uses_columns = data_collator is None
         if self._uses_columns:
             self.data_collator = self._pair_collator()
-        self._check_batch()
-        self._freeze_towers()
+        self._check_data()
+        if model is not None:
+            self._freeze_towers(self.model)
         self.add_callback(LogitScaleClamp(args.max_log_logit_scale))
         for callback in build_recipe(loss_callbacks) if isinstance(loss_callbacks, str) else loss_callbacks:
             self.add_callback(callback)
@@ -141,9 +142,10 @@ class ModXTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ):
         """The sum of all loss terms on the global batch; the same value on every process."""
-        student = self._gather(embed_pairs(model, self._dual_encoder, inputs))
-        teacher = self._gather(self.teacher.embed(inputs)) if self._needs_teacher else None
-        context = self._context(inputs, len(student.image))
+        counts = row_counts(inputs["input_ids"])
+        context, kept = self._context(inputs, counts)
+        student = _gather(embed_pairs(model, self._dual_encoder, inputs), counts, kept)
+        teacher = _gather(self.teacher.embed(inputs), counts, kept) if self._needs_teacher else None
         terms: dict[str, Tensor] = {}
         for callback in self.loss_callbacks:
             for name, term in callback.loss_terms(student, teacher, context).items():
@@ -172,7 +174,7 @@ class ModXTrainer(Trainer):
                 prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
                 pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
                 persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-                drop_last=self.args.dataloader_drop_last and len(dataset) >= self.args.contrastive_batch_size,
+                drop_last=self.args.dataloader_drop_last,
             )
         )
 
@@ -186,11 +188,11 @@ class ModXTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created and self.args.text_learning_rate is not None:
-            _give_own_learning_rate(optimizer, self._tower_parameters(TEXT_TOWER), self.args.text_learning_rate)
+            _give_own_learning_rate(optimizer, self.model, self.args.text_learning_rate)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if self._records and ("loss" in logs or "train_loss" in logs):
             logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
             logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
             self._records = {}
@@ -217,13 +219,14 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._retrieval(eval_dataset).items()}
+        values = self._metrics(self._encode(eval_dataset))
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _retrieval(self, dataset: Dataset) -> dict[str, float]:
+    def _encode(self, dataset: Dataset) -> EncodedPairs:
         was_training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():
@@ -236,6 +239,9 @@ class ModXTrainer(Trainer):
                 device=self.args.device,
             )
         self.model.train(was_training)
+        return encoded
+
+    def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(encoded.image, encoded.text, encoded.image_ids, encoded.text_ids)
         first = encoded.first_captions()
         scale = self._dual_encoder.logit_scale.detach().exp()
@@ -245,14 +251,15 @@ class ModXTrainer(Trainer):
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """For `predict`: the two embeddings of the batch instead of batch-local logits."""
-        with torch.no_grad(), self.accelerator.autocast():
-            embeddings = embed_pairs(model, self._dual_encoder, self._prepare_inputs(inputs))
-        return None, (embeddings.image.float(), embeddings.text.float()), None
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        return super().get_test_dataloader(self._pairs(test_dataset) if self._uses_columns else test_dataset)
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Embeddings instead of batch-local logits: `predictions = (images (N, D), texts (C, D))`, `label_ids` their
+        pair ids, in the order of the rows with all captions of each; `metrics` as `evaluate` names them."""
+        encoded = self._encode(test_dataset)
+        prediction = encoded.as_predictions()
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics(encoded).items()}
+        return PredictionOutput(prediction.predictions, prediction.label_ids, metrics)
 
     # ---- Checkpoints ----
 
@@ -303,23 +310,28 @@ class ModXTrainer(Trainer):
                 if parameter.requires_grad
             }
 
-    def _gather(self, local: PairEmbeddings) -> PairEmbeddings:
-        return PairEmbeddings(all_gather_rows(local.image), all_gather_rows(local.text), local.logit_scale)
-
-    def _context(self, inputs: dict[str, Tensor], num_rows: int) -> LossContext:
+    def _context(self, inputs: dict[str, Tensor], counts: list[int]) -> tuple[LossContext, Tensor | None]:
+        """The context of the global batch, and which of the gathered rows belong to it (None: all)."""
         if "row_id" in inputs:
-            row_ids = all_gather_rows(inputs["row_id"])
+            row_ids = all_gather_rows(inputs["row_id"], counts)
         else:
-            row_ids = torch.arange(num_rows, device=inputs["input_ids"].device)
-        return LossContext(
+            row_ids = torch.arange(sum(counts), device=inputs["input_ids"].device)
+        pair_ids = all_gather_rows(inputs["pair_id"], counts) if "pair_id" in inputs else row_ids
+        # Only a batch that is not full can hold filled-in rows; looking for them costs a synchronisation.
+        kept = None
+        if world_size() > 1 and not self.args.dataloader_drop_last:
+            kept = _first_occurrences(row_ids)
+            row_ids, pair_ids = row_ids[kept], pair_ids[kept]
+        context = LossContext(
             model=self._dual_encoder,
             batch=inputs,
-            pair_ids=all_gather_rows(inputs["pair_id"]) if "pair_id" in inputs else row_ids,
+            pair_ids=pair_ids,
             row_ids=row_ids,
             step=self.state.global_step,
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
         )
+        return context, kept
 
     def _record(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
@@ -332,30 +344,63 @@ class ModXTrainer(Trainer):
     def _pair_collator(self) -> PairCollator:
         if self.processing_class is None:
             raise ValueError("ModXTrainer needs a processing_class, for instance CLIPProcessor.from_pretrained(...).")
-        return PairCollator(self.processing_class, self._data_seed, self.args.image_augmentation)
+        return PairCollator(
+            self.processing_class, self._data_seed, self.args.image_augmentation, self._longest_caption()
+        )
 
-    def _check_batch(self) -> None:
+    def _longest_caption(self) -> int | None:
+        """Tokens that both the tokenizer and the model's position embeddings allow."""
+        config = self._dual_encoder.config.get_text_config()
+        limits = (self.processing_class.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def _check_data(self) -> None:
+        """All that can be told of the data without decoding them, before hours are spent."""
+        if self._uses_columns:
+            sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+            for dataset in (self.train_dataset, *sets.values()):
+                if dataset is not None:
+                    self._pairs(dataset)
         if self.train_dataset is None:
             return
-        if self._uses_columns:
-            self._pairs(self.train_dataset)
         pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
         if pairs < 2:
             raise ValueError(
                 f"A contrastive batch of {pairs} pair has no negatives: raise per_device_train_batch_size (now "
                 f"{self.args.per_device_train_batch_size}) or give more data (now {len(self.train_dataset)} rows)."
             )
+        if pairs < self.args.contrastive_batch_size:
+            # The smaller batch is all there is: dropping it would leave no step.
+            self.args = copy.copy(self.args)
+            self.args.dataloader_drop_last = False
 
-    def _freeze_towers(self) -> None:
-        frozen = [*self.args.freeze_vision_model * VISION_TOWER[:1], *self.args.freeze_text_model * TEXT_TOWER[:1]]
-        for parameter in self._tower_parameters(tuple(frozen)):
-            parameter.requires_grad_(False)
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        check_dual_encoder(model)
+        self._freeze_towers(model)
+        return model
 
-    def _tower_parameters(self, prefixes: tuple[str, ...]) -> list[nn.Parameter]:
-        parameters = [parameter for name, parameter in self.model.named_parameters() if name.startswith(prefixes)]
-        if prefixes and not parameters:
-            raise ValueError(f"{type(self.model).__name__} has no parameters named {' or '.join(prefixes)}...")
-        return parameters
+    def _freeze_towers(self, model: nn.Module) -> None:
+        for frozen, tower in (
+            (self.args.freeze_vision_model, "vision_model"),
+            (self.args.freeze_text_model, "text_model"),
+        ):
+            if frozen:
+                getattr(model, tower).requires_grad_(False)
+
+
+def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> PairEmbeddings:
+    """The embeddings of the global batch."""
+    image, text = all_gather_rows(local.image, counts), all_gather_rows(local.text, counts)
+    if kept is not None:
+        image, text = image[kept], text[kept]
+    return PairEmbeddings(image, text, local.logit_scale)
+
+
+def _first_occurrences(row_ids: Tensor) -> Tensor:
+    """Positions of the rows without those that fill the last batch of an epoch up for all processes."""
+    seen = (row_ids[:, None] == row_ids[None, :]).tril(diagonal=-1).any(dim=1)
+    return (~seen).nonzero().squeeze(1)
 
 
 def _refuse(value: Any, name: str, remedy: str) -> None:
@@ -363,9 +408,11 @@ def _refuse(value: Any, name: str, remedy: str) -> None:
         raise ValueError(f"ModXTrainer takes no {name}. {remedy}")
 
 
-def _give_own_learning_rate(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], rate: float) -> None:
-    """Move the parameters out of the optimizer's groups into groups of their own with another learning rate."""
-    chosen = {id(parameter) for parameter in parameters}
+def _give_own_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
+    """Move the text tower and its projection out of the optimizer's groups into groups with another learning rate."""
+    chosen = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(TEXT_TOWER)}
+    if not chosen:
+        raise ValueError(f"{type(model).__name__} has no parameters named {' or '.join(TEXT_TOWER)}...")
     for group in list(optimizer.param_groups):
         moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]

@@ -31,8 +31,9 @@ class ModXTrainingArguments(TrainingArguments):
     bad_samples: str = field(
         default="error",
         metadata={
-            "help": "Images that cannot be decoded and captions that are missing or empty: 'error' refuses to start "
-            "and names them, 'skip' leaves them out and counts them in results.json.",
+            "help": "What ContinualRun does with images that cannot be decoded, captions that are missing or empty "
+            "and training images that are also in a test: 'error' refuses to start and names them, 'skip' leaves "
+            "them out and counts them in results.json.",
             "choices": ["error", "skip"],
         },
     )
@@ -46,8 +47,12 @@ class ModXTrainingArguments(TrainingArguments):
     text_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the text tower and its projection; default: learning_rate."}
     )
-    freeze_vision_model: bool = field(default=False, metadata={"help": "Do not train the vision tower."})
-    freeze_text_model: bool = field(default=False, metadata={"help": "Do not train the text tower."})
+    freeze_vision_model: bool = field(
+        default=False, metadata={"help": "Do not train the vision tower; its projection is trained."}
+    )
+    freeze_text_model: bool = field(
+        default=False, metadata={"help": "Do not train the text tower; its projection is trained."}
+    )
     decay_logit_scale: bool = field(
         default=False,
         metadata={"help": "Apply weight decay to logit_scale too, as the authors' code and the stock Trainer do."},
@@ -71,7 +76,8 @@ class ModXTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True,
         metadata={
-            "help": "Drop the last, smaller batch of an epoch. Ignored where a phase is smaller than one global batch."
+            "help": "Drop the last, smaller batch of an epoch. Ignored where a phase is smaller than a global batch. "
+            "If False, several processes fill that batch up with rows from the start of the epoch."
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: images are read from columns."})
@@ -85,8 +91,6 @@ class ModXTrainingArguments(TrainingArguments):
             raise ValueError(f"image_augmentation must be 'none' or 'affine_color', got {self.image_augmentation!r}.")
         if self.max_logit_scale < 1:
             raise ValueError(f"max_logit_scale must be at least 1, got {self.max_logit_scale}.")
-        if self.freeze_vision_model and self.freeze_text_model:
-            raise ValueError("freeze_vision_model and freeze_text_model together leave nothing to train.")
 
     @property
     def max_log_logit_scale(self) -> float:
@@ -97,3 +101,12 @@ class ModXTrainingArguments(TrainingArguments):
     def contrastive_batch_size(self) -> int:
         """Pairs that see each other as negatives in one step: the batches of all processes."""
         return self.train_batch_size * self.world_size
+
+    def phase_steps(self, num_pairs: int) -> int:
+        """Optimizer steps of a phase with so many training pairs."""
+        if self.max_steps > 0:
+            return self.max_steps
+        batches, rest = divmod(num_pairs, self.contrastive_batch_size)
+        if rest and (batches == 0 or not self.dataloader_drop_last):
+            batches += 1
+        return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))

@@ -224,8 +224,8 @@ def test_any_text_gives_arguments_or_a_usage_error(tmp_path_factory, text):
 # --- defaults that depend on what was chosen -------------------------------------------------------------------------
 
 
-def defaults(chosen) -> dict:
-    return {"output_dir": f"runs/{chosen.recipe}", "learning_rate": 1e-3}
+def defaults(chosen, given) -> dict:
+    return {"output_dir": f"runs/{chosen.recipe}", "learning_rate": 1e-3 if "recipe" in given else 1e-2}
 
 
 def test_defaults_can_depend_on_what_was_chosen(parse):

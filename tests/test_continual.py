@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_changed_callback_of_a_list_is_refused(run):
 def test_tested_image_among_the_training_images_is_refused(run):
     data = tiny_pairs(20)
     leaky = Phase("leaky", data.select(range(12)), data.select(range(11, 15)))
-    with pytest.raises(ValueError, match=r"row 11: the image is also in the test 'leaky'"):
+    with pytest.raises(ValueError, match=r"row 11: the image is also in leaky \(test\)"):
         run(PhaseStream((leaky,)))
 
 
@@ -161,6 +162,97 @@ def test_tested_image_is_left_out_of_training_when_asked(run, make_args):
     continual = run(PhaseStream((leaky,)), args=make_args(max_steps=3, bad_samples="skip"))
     assert results(continual)["training"][0]["pairs"] == 11
     assert results(continual)["bad_samples"]["leaky (train)"]["count"] == 1
+
+
+def test_new_month_does_not_change_the_months_before(run, make_args):
+    """Its test shares an image with an old training part: the new test loses it, not the old part."""
+    args = make_args(max_steps=3, bad_samples="skip")
+    data = tiny_pairs(30)
+    may = Phase("may", data.select(range(12)), data.select(range(12, 16)))
+    run(PhaseStream((may,)), args=args)
+    june = Phase("june", data.select(range(16, 26)), data.select([3, 26, 27]))
+    content = results(run(PhaseStream((may, june)), args=args))
+    assert content["bad_samples"] == {
+        "june (test)": {"count": 1, "first": ["row 0: the image is also in may (train)"]}
+    }
+    assert [record["pairs"] for record in content["training"]] == [12, 10]
+
+
+def test_run_can_be_called_again_after_an_error(model, processor, make_args):
+    fail = StopAt(1, 2)
+    continual = ContinualRun(
+        make_stream(), "modx", make_args(max_steps=3), model=model, processing_class=processor, callbacks=[fail]
+    )
+    with pytest.raises(SystemError):
+        continual.run()
+    fail.step = None
+    assert len(continual.run().phases) == 2
+
+
+def test_corrected_command_starts_over_where_nothing_was_trained(run, make_args, monkeypatch):
+    monkeypatch.setattr(ContinualRun, "_train_phase", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(args=make_args(max_steps=3, learning_rate=5.0))
+    monkeypatch.undo()
+    assert results(run())["phases"] == ["part 1", "part 2"]
+
+
+def test_phase_whose_folder_is_gone_is_not_trained_again(run):
+    first = run()
+    shutil.rmtree(first.phase_folder(1))
+    second = run(make_stream(3))
+    assert not second.phase_folder(1).exists() and second.phase_folder(3).exists()
+    assert results(second)["matrix"]["image_to_text_recall@1"][1][3] is None
+
+
+def test_interruption_after_the_last_step_takes_no_step_more(run, make_args, tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+
+    class StopAtSave(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise SystemError("power cut")
+
+    with pytest.raises(SystemError):
+        run(args=make_args(**settings), callbacks=[StopAtSave()])
+    resumed = run(args=make_args(**settings))
+    whole = run(args=make_args(**settings, output_dir=str(tmp_path / "whole")))
+    assert same(weights(resumed, 1), weights(whole, 1)) and same(weights(resumed, 2), weights(whole, 2))
+    assert results(resumed)["training"][0]["steps"] == 4
+
+
+def test_stream_without_tests_still_leaves_results_and_cards(run):
+    data = tiny_pairs(20)
+    continual = run(PhaseStream((Phase("only", data),)))
+    assert results(continual)["tests"] == []
+    assert (continual.phase_folder(1) / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"caption_column": "title"}, "caption_column"), ({"bad_samples": "skip"}, None)]
+)
+def test_columns_are_part_of_a_run_and_the_policy_for_bad_samples_is_not(run, make_args, change, named):
+    data = tiny_pairs(20)
+    data = data.add_column("title", [captions[0] for captions in data["caption"]])
+    stream = PhaseStream((Phase("only", data.select(range(15)), data.select(range(15, 20))),))
+    run(stream)
+    args = make_args(max_steps=3, **change)
+    if named is None:
+        run(stream, args=args)
+    else:
+        with pytest.raises(ValueError, match=named):
+            run(stream, args=args)
+
+
+def test_tokenizer_alone_is_no_processor(run, processor):
+    with pytest.raises(TypeError, match="no image_processor"):
+        run(processing_class=processor.tokenizer)
+
+
+def test_recipe_without_a_contrastive_term_leaves_nothing_behind(run, tmp_path):
+    with pytest.raises(ValueError, match="contrastive term"):
+        run(recipe=[ModX(contrastive=False)])
+    assert not (tmp_path / "out").exists()
 
 
 def test_finished_run_is_not_done_again(run, make_args):

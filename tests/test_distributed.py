@@ -74,6 +74,16 @@ def test_two_processes_train_the_weights_of_one(tmp_path, evaluate_first, change
     assert largest_difference(tmp_path / "one" / "rank-0.safetensors", ranks[0]) < 1e-9
 
 
+@pytest.mark.parametrize("rows", [5, 6])
+def test_phase_smaller_than_a_batch_is_exact_too(tmp_path, rows):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    launch(1, train_and_save, tmp_path / "one", 8, rows, False, {})
+    launch(2, train_and_save, tmp_path / "two", 4, rows, False, {})
+    files = [tmp_path / run / "rank-0.safetensors" for run in ("one", "two")]
+    assert largest_difference(*files) < 1e-9
+
+
 def gather_uneven(folder):
     torch.manual_seed(dist.get_rank())
     rows = torch.randn(5 - 2 * dist.get_rank(), 4, dtype=torch.double, requires_grad=True)

@@ -13,6 +13,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_modx import Contrastive, LossCallback, ModX, ModXTrainer
 from hf_modx.losses import info_nce, modx_loss
 
+from tiny import tiny_clip
+
 
 def train(model, args, processor, data, loss_callbacks="modx", **options):
     trainer = ModXTrainer(
@@ -261,6 +263,45 @@ def test_frozen_tower_does_not_move(model, make_args, processor, pairs, tower):
     assert largest_difference(getattr(model, f"{other}_model"), getattr(before, f"{other}_model")) > 0
 
 
+def test_frozen_tower_stays_frozen_with_model_init(make_args, processor, pairs):
+    trainer = ModXTrainer(
+        model_init=lambda: tiny_clip(processor),
+        args=make_args(freeze_vision_model=True),
+        train_dataset=pairs,
+        processing_class=processor,
+    )
+    trainer.train()
+    assert largest_difference(trainer.model.vision_model, tiny_clip(processor).vision_model) == 0
+
+
+def test_both_towers_may_be_frozen(model, make_args, processor, pairs):
+    before = copy.deepcopy(model)
+    train(model, make_args(freeze_vision_model=True, freeze_text_model=True), processor, pairs)
+    assert largest_difference(model.visual_projection, before.visual_projection) > 0
+
+
+def test_captions_are_cut_to_what_the_model_can_take(make_args, processor, pairs):
+    short = CLIPModel(
+        tiny_clip(processor).config.__class__.from_dict(
+            {
+                **tiny_clip(processor).config.to_dict(),
+                "text_config": {**tiny_clip(processor).config.text_config.to_dict(), "max_position_embeddings": 8},
+            }
+        )
+    )
+    assert train(short, make_args(), processor, pairs).state.global_step == 6
+
+
+def test_missing_caption_is_named_with_its_row(model, make_args, processor, pairs):
+    data = pairs.select(range(8)).map(lambda row, i: {"caption": [] if i == 3 else row["caption"]}, with_indices=True)
+    with pytest.raises(ValueError, match=r"Rows \[3\] have no caption"):
+        train(model, make_args(), processor, data)
+
+
+def test_formatted_data_train_too(model, make_args, processor, pairs):
+    assert train(model, make_args(), processor, pairs.with_format("torch")).state.global_step == 6
+
+
 def test_labels_column_changes_nothing(model, make_args, processor, pairs):
     other = copy.deepcopy(model)
     settings = {"gradient_accumulation_steps": 2, "max_steps": 3}
@@ -330,10 +371,13 @@ def test_evaluation_leaves_the_mode_of_the_model(model, make_args, processor, pa
     assert model.training
 
 
-def test_predict_returns_the_two_embeddings(model, make_args, processor, pairs):
-    trainer = ModXTrainer(model=model, args=make_args(), processing_class=processor)
+def test_predict_returns_the_embeddings_of_every_row_in_order(model, make_args, processor, pairs):
+    args = make_args(image_augmentation="affine_color", per_device_eval_batch_size=5)
+    trainer = ModXTrainer(model=model, args=args, processing_class=processor)
     images, texts = trainer.predict(pairs).predictions
-    assert images.shape == texts.shape == (48, 16)
+    assert images.shape == (48, 16) and texts.shape == (96, 16)
+    single, _ = trainer.predict(pairs.select([7])).predictions
+    assert abs(images[7] - single[0]).max() < 1e-5
 
 
 def test_bf16_trains(model, make_args, processor, pairs):

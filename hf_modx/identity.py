@@ -1,0 +1,108 @@
+"""What makes two runs the same run."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .callbacks import LossCallback
+from .phases import PhaseStream, content_fingerprint
+from .training_args import ModXTrainingArguments
+
+# What decides the weights of a run: changing one of these makes it a different run.
+HYPERPARAMETERS = [
+    "image_augmentation",
+    "text_learning_rate",
+    "freeze_vision_model",
+    "freeze_text_model",
+    "decay_logit_scale",
+    "max_logit_scale",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "max_steps",
+    "num_train_epochs",
+    "gradient_accumulation_steps",
+    "dataloader_drop_last",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+    "image_column",
+    "caption_column",
+    "pair_id_column",
+    "lr_scheduler_kwargs",
+    "optim_args",
+    "contrastive_batch_size",
+]
+
+
+def run_identity(
+    recipe: str,
+    callbacks: Sequence[LossCallback],
+    args: ModXTrainingArguments,
+    stream: PhaseStream,
+) -> dict[str, Any]:
+    """All that decides the weights and the matrix of a run, as JSON takes it, but for the start weights (`start`)."""
+    return {
+        "recipe": recipe,
+        "recipe_args": {type(callback).__name__: _options(callback) for callback in callbacks},
+        "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
+        "base": content_fingerprint(stream.base.train) if stream.base is not None else None,
+        "phases": [
+            {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}
+            for phase in stream
+        ],
+        "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in stream.tests().items()},
+    }
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two identities, in words; more phases at the end are no difference."""
+    found = []
+    for name in ("recipe", "recipe_args", "start", "base"):
+        if name in before and name in now and before[name] != now[name]:
+            found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
+    for name, value in now["hyperparameters"].items():
+        old = before["hyperparameters"].get(name)
+        if old != value:
+            found.append(f"{name} was {old!r} and is {value!r}")
+    if len(before["phases"]) > len(now["phases"]):
+        found.append(f"it has {len(before['phases'])} phases and {len(now['phases'])} are given")
+    for number, (old, new) in enumerate(zip(before["phases"], now["phases"], strict=False), start=1):
+        if old != new:
+            found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
+    for name, old in before.get("tests", {}).items():
+        if old != now["tests"].get(name, old):
+            found.append(f"the test {name!r} had other data")
+    return found
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names and values of all parameters, the first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _options(callback: LossCallback) -> dict[str, Any]:
+    """The public settings of a callback that are plain values; `chunk_size` bounds memory and decides nothing."""
+    return {
+        name: value
+        for name, value in sorted(vars(callback).items())
+        if not name.startswith("_") and name != "chunk_size" and isinstance(value, bool | int | float | str)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
