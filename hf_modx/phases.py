@@ -121,7 +121,7 @@ class PhaseStream:
         splits: DatasetDict | Mapping[str, Dataset],
         phase_splits: Sequence[str] | None = None,
         test_splits: Sequence[str] | None = None,
-        test_fraction: float = 0.1,
+        test_fraction: float = 0.0,
         seed: int = 0,
     ) -> "PhaseStream":
         """Phases from named splits.
