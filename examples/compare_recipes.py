@@ -13,10 +13,11 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import continual_clip
 
-METRIC = "image_to_text_recall@1"
+METRICS = "image_to_text_recall@1,image_to_text_recall@5"
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--recipes", default="finetune,modx,joint", help="names, comma-separated")
     parser.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
     parser.add_argument("--output_dir", default="runs/comparison", type=Path)
-    parser.add_argument("--metric", default=METRIC, help="a metric of results.json")
+    parser.add_argument("--metrics", default=METRICS, help="metrics of results.json, comma-separated")
     options, flags = parser.parse_known_args(argv)
     results: dict[str, list[dict]] = {}
     for seed in options.seeds.split(","):
@@ -33,60 +34,60 @@ def main(argv: list[str]) -> None:
             run_flags = ["--recipe", recipe, "--seed", seed, "--output_dir", str(folder), "--save_strategy", "no"]
             continual_clip.main([*flags, *run_flags])
             results.setdefault(recipe, []).append(json.loads((folder / "results.json").read_text()))
-    text = tables(results, options.metric)
+    metrics = options.metrics.split(",")
+    text = "\n".join(tables(results, metric) for metric in metrics)
     (options.output_dir / "comparison.md").write_text(text)
-    draw(results, options.metric, options.output_dir / "comparison.png")
+    draw(results, metrics[0], options.output_dir / "comparison.png")
     print(text)
 
 
 def tables(results: dict[str, list[dict]], metric: str) -> str:
-    """Markdown: the summary of each recipe, what is left of each test at the end, and the kept rows."""
+    """Markdown: the summary of each recipe, each test right after its phase and at the end, and the kept rows."""
     first = next(iter(results.values()))[0]
     tests, phases = first["tests"], first["phases"]
-    pairs = {name: first["test_pairs"][name] for name in tests}
-    seeds = len(next(iter(results.values())))
-    lines = [
-        f"{metric} in percent, mean and standard deviation of {seeds} seeds; "
-        f"test pairs {', '.join(f'{name} {count}' for name, count in pairs.items())} "
-        f"(chance {100 / max(pairs.values()):.1f}).",
-        "",
-        "| recipe | forgetting | last | average | learned at the time | "
-        + " | ".join(f"{t}, end" for t in tests)
-        + " |",
-        "|---" * (5 + len(tests)) + "|",
+    columns: dict[str, Callable[[dict], float]] = {
+        name: lambda run, name=name: run["summary"][metric][name] for name in ("forgetting", "last", "average")
+    }
+    for number, phase in enumerate(phases, start=1):
+        columns[f"{phase}, after its phase"] = lambda run, k=number: right_after(run, metric, k)
+    for column, test in enumerate(tests):
+        columns[f"{test}, end"] = lambda run, i=column: run["matrix"][metric][-1][i]
+    lines = [f"### {metric}", "", setting(results, metric), "", table(results, columns)]
+    start = [
+        f"{test} {spread(next(iter(results.values())), lambda run, i=i: run['matrix'][metric][0][i])}"
+        for i, test in enumerate(tests)
     ]
-    for recipe, runs in results.items():
-        cells = [
-            spread(runs, lambda run, name=name: run["summary"][metric][name])
-            for name in ("forgetting", "last", "average")
-        ]
-        cells.append(spread(runs, lambda run: learned_at_the_time(run, metric)))
-        cells += [spread(runs, lambda run, i=i: run["matrix"][metric][-1][i]) for i in range(len(tests))]
-        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Right after its phase:",
-        "",
-        "| recipe | " + " | ".join(phases) + " |",
-        "|---" * (1 + len(phases)) + "|",
-    ]
-    for recipe, runs in results.items():
-        cells = [spread(runs, lambda run, k=k: right_after(run, metric, k)) for k in range(1, len(phases) + 1)]
-        lines.append(f"| {recipe} | " + " | ".join(cells) + " |")
+    lines += ["", f"Before the first phase: {', '.join(start)}."]
     for recipe, runs in results.items():
         if all("image_rows_kept" in record for run in runs for record in run["training"]):
             kept = [
-                spread(runs, lambda run, k=k: run["training"][k]["image_rows_kept"]["mean"])
-                for k in range(len(phases))
+                f"{phase} {spread(runs, lambda run, k=k: run['training'][k]['image_rows_kept']['mean'])}"
+                for k, phase in enumerate(phases)
             ]
-            lines += ["", f"Image rows that the old model has right ({recipe}), by phase: {', '.join(kept)} percent."]
-    start = [spread(first_of_seed(results), lambda run, i=i: run["matrix"][metric][0][i]) for i in range(len(tests))]
-    lines += ["", "Before the first phase: " + ", ".join(f"{n} {v}" for n, v in zip(tests, start, strict=True)) + "."]
+            lines += ["", f"Image rows that the old model has right ({recipe}), percent: {', '.join(kept)}."]
     return "\n".join(lines) + "\n"
 
 
-def first_of_seed(results: dict[str, list[dict]]) -> list[dict]:
-    return next(iter(results.values()))
+def setting(results: dict[str, list[dict]], metric: str) -> str:
+    runs = next(iter(results.values()))
+    pairs = runs[0]["test_pairs"]
+    seeds = "one seed" if len(runs) == 1 else f"mean and standard deviation of {len(runs)} seeds"
+    return f"In percent, {seeds}. Pairs in the tests: {', '.join(f'{name} {n}' for name, n in pairs.items())}."
+
+
+def table(results: dict[str, list[dict]], columns: dict[str, Callable[[dict], float]]) -> str:
+    """A row a recipe, and a row for its difference to the first recipe, paired by seed."""
+    recipes = list(results)
+    lines = ["| recipe | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
+    for recipe in recipes:
+        lines.append(
+            f"| {recipe} | " + " | ".join(spread(results[recipe], value) for value in columns.values()) + " |"
+        )
+    for recipe in recipes[1:]:
+        pairs = list(zip(results[recipe], results[recipes[0]], strict=True))
+        cells = [spread(pairs, lambda pair, v=value: v(pair[0]) - v(pair[1])) for value in columns.values()]
+        lines.append(f"| {recipe} - {recipes[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def right_after(run: dict, metric: str, phase: int) -> float:
@@ -94,12 +95,7 @@ def right_after(run: dict, metric: str, phase: int) -> float:
     return run["matrix"][metric][phase][run["learned_at"].index(phase)]
 
 
-def learned_at_the_time(run: dict, metric: str) -> float:
-    phases = range(1, len(run["phases"]) + 1)
-    return statistics.mean(right_after(run, metric, phase) for phase in phases)
-
-
-def spread(runs: list[dict], value: Callable[[dict], float]) -> str:
+def spread(runs: list, value: Callable[[Any], float]) -> str:
     values = [100 * value(run) for run in runs]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{deviation}"
@@ -134,7 +130,7 @@ def draw(results: dict[str, list[dict]], metric: str, path: Path) -> None:
         axis.set_title(f"test: {first['tests'][test]}")
         axis.set_xticks(ticks, ["start", *first["phases"]], rotation=40, ha="right")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("image-to-text recall@1, %" if metric == METRIC else metric)
+    axes[0].set_ylabel(f"{metric.replace('_', '-')}, %")
     axes[0].legend(frameon=False)
     figure.supxlabel("after phase (dotted: the phase that teaches the test)")
     figure.savefig(path, dpi=110)
