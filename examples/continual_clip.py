@@ -24,11 +24,13 @@ Run the command again after an interruption: finished phases are kept, the phase
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
+import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
@@ -100,6 +102,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     script, args = parse_arguments((ScriptArguments, ModXTrainingArguments), argv, defaults)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
+    use_all_cores(args)
     stream = load_stream(script, args)
     if script.dry_run:
         if args.process_index == 0:
@@ -120,6 +123,12 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     if args.process_index == 0:
         print(report(run, matrix))
     return matrix
+
+
+def use_all_cores(args: ModXTrainingArguments) -> None:
+    """`accelerate launch` gives each process one thread unless told otherwise; alone on a CPU it may have all cores."""
+    if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 def defaults(chosen, given: set[str]) -> dict:

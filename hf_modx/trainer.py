@@ -123,9 +123,10 @@ class ModXTrainer(Trainer):
     def train(self, *args, **kwargs):
         check_recipe(self.loss_callbacks)
         self._remember_phase_start()
-        # An evaluation marks the model as prepared; training would then go on without DDP and the processes would
-        # drift apart in silence.
-        self.model._is_accelerate_prepared = False
+        if self.model_wrapped is self.model:
+            # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
+            # without DDP and the processes would drift apart in silence.
+            self.model._is_accelerate_prepared = False
         return super().train(*args, **kwargs)
 
     def _prepare_for_training(self, *args, **kwargs):
