@@ -126,7 +126,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
 
 
 def use_all_cores(args: ModXTrainingArguments) -> None:
-    """`accelerate launch` gives each process one thread unless told otherwise; alone on a CPU it may have all cores."""
+    """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have all cores."""
     if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(os.cpu_count() or 1)
 
