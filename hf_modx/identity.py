@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -105,4 +106,6 @@ def _options(callback: LossCallback) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
     return value if isinstance(value, int | float | str | bool | type(None)) else str(value)
