@@ -87,6 +87,7 @@ def test_phase_zero_holds_the_model_before_the_first_phase(run, model):
 
 def test_phases_load_without_warnings(run, caplog):
     continual = run()
+    caplog.clear()
     transformers_logging.enable_propagation()
     try:
         CLIPModel.from_pretrained(continual.phase_folder(2))
