@@ -253,19 +253,20 @@ class ContinualRun:
 
     # ---- One phase ----
 
-    def _train_phase(self, number: int) -> ModXTrainer | None:
+    def _train_phase(self, number: int) -> ModXTrainer:
         phase = self.stream.phases[number - 1]
         starts_from = 0 if self._starts_from_base else number - 1
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         folder = trainer.args.output_dir
         checkpoint = on_main_process(lambda: _last_complete_checkpoint(folder))
-        if checkpoint is not None and _steps_of(checkpoint).global_step >= self.steps(number):
-            # Interrupted between the last step and the publishing: the Trainer would do one step too many.
-            trainer.state = _steps_of(checkpoint)
-            self._publish(number, self._model_class.from_pretrained(checkpoint), _training_record(trainer))
-            return None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        state = _state_of(checkpoint) if checkpoint is not None else None
+        if state is not None and state.global_step >= self.steps(number):
+            # Interrupted between the last step and the publishing: `train` would do one step too many.
+            trainer._load_from_checkpoint(checkpoint)
+            trainer.state = state
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
             # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.
             raise RuntimeError(f"Phase {number} was interrupted. Run the same command again to go on.")
@@ -412,7 +413,7 @@ def _last_complete_checkpoint(folder: str) -> str | None:
     return None
 
 
-def _steps_of(checkpoint: str) -> TrainerState:
+def _state_of(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
 
 

@@ -6,14 +6,23 @@ from typing import Any
 
 from .callbacks import Contrastive, Joint, LossCallback, ModX
 
+
+def _alone(callback: type[LossCallback]) -> Callable[..., list[LossCallback]]:
+    """A recipe of one callback; its options are the callback's."""
+
+    def recipe(**options: Any) -> list[LossCallback]:
+        return [callback(**options)]
+
+    recipe.__signature__ = inspect.signature(callback)
+    return recipe
+
+
 RECIPES: dict[str, Callable[..., list[LossCallback]]] = {
-    "finetune": lambda **options: [Contrastive(**options)],
-    "joint": lambda **options: [Joint(**options)],
-    "modx": lambda **options: [ModX(**options)],
+    "finetune": _alone(Contrastive),
+    "joint": _alone(Joint),
+    "modx": _alone(ModX),
 }
 """Name -> function of the recipe's options that returns fresh callbacks."""
-
-_OPTIONS_OF: dict[str, type[LossCallback]] = {"finetune": Contrastive, "joint": Joint, "modx": ModX}
 
 
 def build_recipe(name: str, **options: Any) -> list[LossCallback]:
@@ -28,7 +37,7 @@ def build_recipe(name: str, **options: Any) -> list[LossCallback]:
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe {name!r}. Recipes: {', '.join(sorted(RECIPES))}.")
-    known = list(inspect.signature(_OPTIONS_OF[name]).parameters)
+    known = list(inspect.signature(RECIPES[name]).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"Recipe {name!r} has no option {', '.join(unknown)}. Options: {', '.join(known)}.")

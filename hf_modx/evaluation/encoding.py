@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction
 
 from ..data import PairCollator, PairDataset
-from ..distributed import all_gather_rows
+from ..distributed import all_gather_rows, world_size
 from ..embeddings import embed_images, embed_texts
 
 
@@ -62,11 +62,12 @@ def encode_pairs(
     Raises:
         ValueError: the test set has fewer rows than there are processes.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(dataset) < world_size:
-        raise ValueError(f"A test set of {len(dataset)} rows is too small for {world_size} processes.")
+    number = world_size()
+    rank = dist.get_rank() if number > 1 else 0
+    if len(dataset) < number:
+        raise ValueError(f"A test set of {len(dataset)} rows is too small for {number} processes.")
     loader = DataLoader(
-        Subset(dataset, range(rank, len(dataset), world_size)),
+        Subset(dataset, range(rank, len(dataset), number)),
         batch_size=batch_size,
         collate_fn=_AllCaptions(collator),
         num_workers=num_workers,
