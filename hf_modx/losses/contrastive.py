@@ -1,15 +1,9 @@
-"""The contrastive loss of CLIP on embeddings, and what every loss over a similarity matrix shares."""
-
-from collections.abc import Callable
+"""The contrastive loss of CLIP on embeddings."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-# Stands for "this column is not a candidate". Finite, so that a masked column times a probability of zero is zero
-# and not NaN; far below any logit, so that its probability underflows to exactly zero.
-NOT_A_CANDIDATE = -1e30
+from .affinity import Shard, affinity_losses
 
 
 def info_nce(
@@ -18,7 +12,9 @@ def info_nce(
     logit_scale: Tensor | float,
     *,
     pair_ids: Tensor | None = None,
+    extra_text_embeds: Tensor | None = None,
     chunk_size: int | None = None,
+    shard: Shard | None = None,
 ) -> Tensor:
     """Symmetric InfoNCE: the mean of the image-to-text and the text-to-image cross-entropy.
 
@@ -28,10 +24,13 @@ def info_nce(
     Args:
         image_embeds: (N, D), unit-norm rows.
         text_embeds: (N, D), unit-norm rows; row i belongs to image i.
-        logit_scale: the factor s itself, already exponentiated; takes gradient.
-        pair_ids: (N,) integers. Different rows of one id are no negatives of each other: their columns leave the
-            denominator. None: every other row is a negative.
-        chunk_size: rows of the similarity matrix held at once. Bounds memory, never changes the result.
+        logit_scale: the factor s itself, already exponentiated, > 0; takes gradient.
+        pair_ids: (N,) or (N, K) integers. Different rows that agree in an id are no negatives of each other: their
+            columns leave the denominator. None: every other row is a negative.
+        extra_text_embeds: (M, D), unit-norm rows: further negatives of every image, for instance generated texts.
+            They widen the image-to-text denominators and have no row of their own.
+        chunk_size: rows of the similarity matrix held at once; None chooses. Bounds memory, never changes the result.
+        shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
 
     Returns:
         A scalar in fp32 (fp64 for fp64 embeddings). Embeddings that are not finite make it not finite.
@@ -40,43 +39,24 @@ def info_nce(
         ValueError: the embeddings are not two matrices of one shape, or the ids are not N integers.
     """
     check_pairs(image_embeds, text_embeds, pair_ids)
-
-    def direction(queries: Tensor, keys: Tensor) -> Tensor:
-        def rows(start: int, stop: int) -> Tensor:
-            cosines = similarities(queries, keys, pair_ids, start, stop)
-            targets = torch.arange(start, stop, device=cosines.device)
-            return F.cross_entropy(logit_scale * cosines, targets, reduction="sum")
-
-        return sum_over_rows(rows, len(queries), chunk_size)
-
     with full_precision(image_embeds):
-        images, texts = upcast(image_embeds), upcast(text_embeds)
-        return (direction(images, texts) + direction(texts, images)) / (2 * len(images))
+        images, texts = upcast(image_embeds), upcast(with_extra(text_embeds, extra_text_embeds))
+        return affinity_losses(
+            images, texts, logit_scale, pair_ids=pair_ids, chunk_size=chunk_size, shard=shard
+        ).contrastive
 
 
-def similarities(queries: Tensor, keys: Tensor, pair_ids: Tensor | None, start: int, stop: int) -> Tensor:
-    """Rows `start:stop` of the (N, N) cosine matrix; columns of the same pair id as the row, but the row's own, are
-    taken out of the candidates."""
-    cosines = queries[start:stop] @ keys.T
-    if pair_ids is None:
-        return cosines
-    same = pair_ids[start:stop, None] == pair_ids[None, :]
-    own = torch.arange(start, stop, device=same.device)[:, None] == torch.arange(len(keys), device=same.device)
-    return cosines.masked_fill(same & ~own, NOT_A_CANDIDATE)
+def with_extra(embeds: Tensor, extra: Tensor | None) -> Tensor:
+    """The embeddings and the extra ones below them.
 
-
-def sum_over_rows(rows: Callable[[int, int], Tensor], num_rows: int, chunk_size: int | None) -> Tensor:
-    """Sum of `rows(start, stop)` over blocks of `chunk_size` rows; a block's matrix is made again in the backward
-    pass instead of being kept."""
-    if chunk_size is None or chunk_size >= num_rows:
-        return rows(0, num_rows)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
-    blocks = [
-        checkpoint(rows, start, min(start + chunk_size, num_rows), use_reentrant=False)
-        for start in range(0, num_rows, chunk_size)
-    ]
-    return torch.stack(blocks).sum(dim=0)
+    Raises:
+        ValueError: the extra embeddings are no (M, D) matrix of the same D.
+    """
+    if extra is None:
+        return embeds
+    if extra.ndim != 2 or extra.shape[1] != embeds.shape[1]:
+        raise ValueError(f"Extra text embeddings must be (M, {embeds.shape[1]}), got {tuple(extra.shape)}.")
+    return torch.cat([embeds, extra])
 
 
 def upcast(embeds: Tensor) -> Tensor:
@@ -90,14 +70,17 @@ def full_precision(embeds: Tensor) -> torch.autocast:
 
 
 def check_pairs(image_embeds: Tensor, text_embeds: Tensor, pair_ids: Tensor | None = None) -> None:
-    """Raise a ValueError unless the embeddings are two (N, D) matrices with N >= 1 and the ids N integers."""
+    """Raise a ValueError unless the embeddings are two (N, D) matrices with N >= 1 and the ids N integers, or N rows
+    of them."""
     if image_embeds.ndim != 2 or image_embeds.shape != text_embeds.shape or len(image_embeds) == 0:
         raise ValueError(
             "Image and text embeddings must be two (N, D) matrices of one shape with at least one row, got "
             f"{tuple(image_embeds.shape)} and {tuple(text_embeds.shape)}."
         )
-    if pair_ids is not None and (pair_ids.shape != image_embeds.shape[:1] or pair_ids.is_floating_point()):
+    if pair_ids is None:
+        return
+    if pair_ids.ndim not in (1, 2) or len(pair_ids) != len(image_embeds) or pair_ids.is_floating_point():
         raise ValueError(
-            f"pair_ids must be {len(image_embeds)} integers, one a pair, got {pair_ids.dtype} of shape "
-            f"{tuple(pair_ids.shape)}."
+            f"pair_ids must be {len(image_embeds)} integers, one a pair, or as many rows of them, got "
+            f"{pair_ids.dtype} of shape {tuple(pair_ids.shape)}."
         )

@@ -2,15 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .contrastive import check_pairs, full_precision, similarities, sum_over_rows, upcast
-
-# In units of the last place. Equal vectors multiplied in blocks of another shape differ by so much: without it a tie
-# would be kept or not with the chunk size.
-ROUNDING = 8
+from .affinity import Shard, affinity_losses
+from .contrastive import check_pairs, full_precision, upcast, with_extra
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,10 @@ def affinity_distillation(
     reduction: str = "sum",
     screen: bool = True,
     pair_ids: Tensor | None = None,
+    extra_text_embeds: Tensor | None = None,
+    teacher_extra_text_embeds: Tensor | None = None,
     chunk_size: int | None = None,
+    shard: Shard | None = None,
 ) -> AffinityDistillation:
     """KL(old || new) between the rows of the two similarity matrices, in both directions.
 
@@ -56,16 +54,53 @@ def affinity_distillation(
         image_embeds, text_embeds: (N, D), unit-norm rows, the new model's; take gradient.
         teacher_image_embeds, teacher_text_embeds: (N, D'), unit-norm rows, the old model's on the same pairs; no
             gradient is computed for them. D' may differ from D.
-        distill_scale: the factor c on the cosines inside the softmax.
+        distill_scale: the factor c on the cosines inside the softmax, > 0.
         reduction: "sum" over rows, or "mean", which divides by N (not by the number of kept rows).
         screen: False keeps every row.
-        pair_ids: (N,) integers; other rows of the same id are no candidates, in screening and in both softmaxes.
-        chunk_size: rows held at once. Bounds memory, never changes the result.
+        pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no candidates, in screening and in both
+            softmaxes.
+        extra_text_embeds, teacher_extra_text_embeds: (M, D) and (M, D'): further candidates of every image, for
+            instance generated texts; they have no row of their own.
+        chunk_size: rows held at once; None chooses. Bounds memory, never changes the result.
+        shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown reduction.
+        ValueError: shapes that do not fit, an unknown reduction, or a `distill_scale` that is not positive.
     """
+    check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
     check_pairs(image_embeds, text_embeds, pair_ids)
+    texts = with_extra(text_embeds, extra_text_embeds)
+    teacher_texts = with_extra(teacher_text_embeds, teacher_extra_text_embeds)
+    if len(texts) != len(teacher_texts):
+        raise ValueError("Extra text embeddings are needed of both models, row for row, or of neither.")
+    with full_precision(image_embeds):
+        losses = affinity_losses(
+            upcast(image_embeds),
+            upcast(texts),
+            None,
+            upcast(teacher_image_embeds.detach()),
+            upcast(teacher_texts.detach()),
+            distill_scale=distill_scale,
+            screen=screen,
+            pair_ids=pair_ids,
+            chunk_size=chunk_size,
+            shard=shard,
+        )
+    number = len(image_embeds)
+    loss = losses.distillation / number if reduction == "mean" else losses.distillation
+    return AffinityDistillation(loss, losses.image_rows_kept / number, losses.text_rows_kept / number)
+
+
+def check_distillation(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    distill_scale: float,
+    reduction: str,
+) -> None:
+    """Raise a ValueError unless both models embedded the same pairs and the settings are known."""
+    check_pairs(image_embeds, text_embeds)
     check_pairs(teacher_image_embeds, teacher_text_embeds)
     if len(teacher_image_embeds) != len(image_embeds):
         raise ValueError(
@@ -74,38 +109,5 @@ def affinity_distillation(
         )
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}.')
-
-    def direction(queries: Tensor, keys: Tensor, old_queries: Tensor, old_keys: Tensor) -> tuple[Tensor, Tensor]:
-        def rows(start: int, stop: int) -> Tensor:
-            new = similarities(queries, keys, pair_ids, start, stop)
-            old = similarities(old_queries, old_keys, pair_ids, start, stop)
-            return torch.stack(_screened_kl(new, old, start, distill_scale, screen))
-
-        total = sum_over_rows(rows, len(queries), chunk_size)
-        return total[0], total[1].detach() / len(queries)
-
-    with full_precision(image_embeds):
-        images, texts = upcast(image_embeds), upcast(text_embeds)
-        old_images, old_texts = upcast(teacher_image_embeds.detach()), upcast(teacher_text_embeds.detach())
-        image_loss, image_rows_kept = direction(images, texts, old_images, old_texts)
-        text_loss, text_rows_kept = direction(texts, images, old_texts, old_images)
-        loss = (image_loss + text_loss) / 2
-    if reduction == "mean":
-        loss = loss / len(images)
-    return AffinityDistillation(loss, image_rows_kept, text_rows_kept)
-
-
-def _screened_kl(new: Tensor, old: Tensor, start: int, distill_scale: float, screen: bool) -> tuple[Tensor, Tensor]:
-    """Sum of the kept rows' KL, and their number, for rows `start:` of the matrices (rows, N)."""
-    partner = old.diagonal(offset=start)
-    kept = torch.isfinite(old).all(dim=1)
-    if screen:
-        kept = kept & (old.amax(dim=1) <= partner + ROUNDING * torch.finfo(old.dtype).eps)
-    # Where a row is not kept its old similarities are replaced before the softmax, not its KL after it: zero times
-    # the gradient of an old row that is not finite would be NaN. The product with `kept` makes such a row exactly 0
-    # and lets a new row that is not finite through.
-    old = torch.where(kept[:, None], old, new.detach())
-    old_log_probs = F.log_softmax(distill_scale * old, dim=1)
-    new_log_probs = F.log_softmax(distill_scale * new, dim=1)
-    kl = F.kl_div(new_log_probs, old_log_probs, log_target=True, reduction="none").sum(dim=1)
-    return (kl * kept).sum(), kept.to(new.dtype).sum()
+    if not distill_scale > 0:
+        raise ValueError(f"distill_scale must be positive, got {distill_scale}.")

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .contrastive import info_nce
-from .distillation import affinity_distillation
+from .affinity import Shard, affinity_losses
+from .contrastive import check_pairs, full_precision, upcast
+from .distillation import check_distillation
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ def modx_loss(
     reduction: str = "sum",
     pair_ids: Tensor | None = None,
     chunk_size: int | None = None,
+    shard: Shard | None = None,
 ) -> ModXLoss:
     """`L = L_InfoNCE + alpha * L_KL` (Ni et al., "Continual Vision-Language Representation Learning with
     Off-Diagonal Information", ICML 2023, section 4; the defaults are those of the authors' code).
@@ -46,35 +48,44 @@ def modx_loss(
     Args:
         image_embeds, text_embeds: (N, D), unit-norm rows of the model in training.
         teacher_image_embeds, teacher_text_embeds: (N, D'), unit-norm rows of the old model on the same pairs.
-        logit_scale: the factor on the cosines inside InfoNCE, already exponentiated; takes gradient. The
+        logit_scale: the factor on the cosines inside InfoNCE, already exponentiated, > 0; takes gradient. The
             distillation does not use it.
         alpha: weight of the distillation, >= 0. With `reduction="sum"` its pull grows with N: 20 at N = 280 (the
             paper's batch) equals 5,600 with "mean".
-        distill_scale: factor on the cosines inside the distillation softmax.
+        distill_scale: factor on the cosines inside the distillation softmax, > 0.
         reduction: "sum" or "mean" over the N rows; concerns the distillation only.
-        pair_ids: (N,) integers; different rows of one id are no negatives of each other, in both terms.
-        chunk_size: rows of the similarity matrices held at once. Bounds memory, never changes the result.
+        pair_ids: (N,) or (N, K) integers; different rows that agree in an id are no negatives of each other, in both
+            terms.
+        chunk_size: rows of the similarity matrices held at once; None chooses. Bounds memory, never changes the
+            result.
+        shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction, or a negative alpha.
+        ValueError: shapes that do not fit, an unknown reduction, a negative alpha, or a `distill_scale` that is not
+            positive.
     """
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, got {alpha}.")
-    contrastive = info_nce(image_embeds, text_embeds, logit_scale, pair_ids=pair_ids, chunk_size=chunk_size)
-    distilled = affinity_distillation(
-        image_embeds,
-        text_embeds,
-        teacher_image_embeds,
-        teacher_text_embeds,
-        distill_scale=distill_scale,
-        reduction=reduction,
-        pair_ids=pair_ids,
-        chunk_size=chunk_size,
-    )
+    check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
+    check_pairs(image_embeds, text_embeds, pair_ids)
+    with full_precision(image_embeds):
+        losses = affinity_losses(
+            upcast(image_embeds),
+            upcast(text_embeds),
+            logit_scale,
+            upcast(teacher_image_embeds.detach()),
+            upcast(teacher_text_embeds.detach()),
+            distill_scale=distill_scale,
+            pair_ids=pair_ids,
+            chunk_size=chunk_size,
+            shard=shard,
+        )
+    number = len(image_embeds)
+    distillation = losses.distillation / number if reduction == "mean" else losses.distillation
     return ModXLoss(
-        loss=contrastive + alpha * distilled.loss,
-        contrastive=contrastive,
-        distillation=distilled.loss,
-        image_rows_kept=distilled.image_rows_kept,
-        text_rows_kept=distilled.text_rows_kept,
+        loss=losses.contrastive + alpha * distillation,
+        contrastive=losses.contrastive,
+        distillation=distillation,
+        image_rows_kept=losses.image_rows_kept / number,
+        text_rows_kept=losses.text_rows_kept / number,
     )
