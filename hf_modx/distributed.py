@@ -15,6 +15,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_index() -> int:
+    """The rank of this process."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 def row_counts(rows: Tensor) -> list[int]:
     """How many rows each process holds, in the order of the ranks."""
     if world_size() == 1:
@@ -41,6 +46,15 @@ def all_gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     if world_size() == 1:
         return rows
     return _AllGatherRows.apply(rows, row_counts(rows) if counts is None else counts)
+
+
+def gather_stacked(tensor: Tensor) -> Tensor:
+    """Stack the processes' tensors of one shape, (...) to (number of processes, ...), without gradient."""
+    if world_size() == 1:
+        return tensor.detach()[None]
+    stacked = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(stacked, tensor.detach().contiguous())
+    return torch.stack(stacked)
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:

@@ -42,6 +42,7 @@ HYPERPARAMETERS = [
     "pair_id_column",
     "lr_scheduler_kwargs",
     "optim_args",
+    "mask_duplicates",
     "contrastive_batch_size",
 ]
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,13 +17,15 @@ from transformers import EvalPrediction, Trainer, TrainerCallback
 from transformers.trainer_utils import PredictionOutput, speed_metrics
 
 from .callbacks import LogitScaleClamp, LossCallback, LossContext, check_recipe
-from .data import EpochSampler, PairCollator, PairDataset
-from .distributed import all_gather_rows, row_counts, world_size
+from .data import PairCollator, PairDataset
+from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
 from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs
 from .evaluation.encoding import EncodedPairs, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
-from .losses import info_nce
+from .gradcache import GradientCache, join_batches
+from .losses import Shard, info_nce
 from .recipes import build_recipe
+from .sampling import GlobalBatches
 from .teacher import Teacher
 from .training_args import ModXTrainingArguments
 
@@ -100,7 +103,7 @@ class ModXTrainer(Trainer):
         self.can_return_loss = True
         self._uses_columns = data_collator is None
         if self._uses_columns:
-            self.data_collator = self._pair_collator()
+            self.data_collator = self._pair_collator(args.mask_duplicates)
         self._check_data()
         if model is not None:
             self._freeze_towers(self.model)
@@ -112,6 +115,7 @@ class ModXTrainer(Trainer):
         if train_dataset is not None:
             self._remember_phase_start()
         self._records: dict[str, tuple[Tensor, int]] = {}
+        self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
 
     @property
     def loss_callbacks(self) -> list[LossCallback]:
@@ -122,6 +126,13 @@ class ModXTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         check_recipe(self.loss_callbacks)
+        if self.args.gradient_accumulation_steps > 1 and self.args.gradient_cache_chunk_size is None:
+            logger.warning(
+                "Gradient accumulation adds no negatives: each of the %d batches of a step is contrasted with itself. "
+                "With gradient_cache_chunk_size they form one contrastive batch.",
+                self.args.gradient_accumulation_steps,
+            )
+        self._held = []
         self._remember_phase_start()
         if self.model_wrapped is self.model:
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
@@ -142,11 +153,44 @@ class ModXTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ):
-        """The sum of all loss terms on the global batch; the same value on every process."""
-        counts = row_counts(inputs["input_ids"])
-        context, kept = self._context(inputs, counts)
-        student = _gather(embed_pairs(model, self._dual_encoder, inputs), counts, kept)
-        teacher = _gather(self.teacher.embed(inputs), counts, kept) if self._needs_teacher else None
+        """The sum of all loss terms on the global batch, the same value on every process; with `return_outputs` also
+        this process's embeddings."""
+        student = embed_pairs(model, self._dual_encoder, inputs)
+        loss = self._loss(student, inputs)
+        return (loss, student) if return_outputs else loss
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """As in `Trainer`; with `gradient_cache_chunk_size` the batches of one optimizer step are held until the last
+        and form one contrastive batch."""
+        if self.args.gradient_cache_chunk_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._held.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        model.train()
+        batch = join_batches(self._held, self.processing_class.tokenizer.pad_token_id)
+        self._held = []
+        return GradientCache(self.args.gradient_cache_chunk_size).backward(
+            self.accelerator,
+            model,
+            batch,
+            embed=lambda chunk: embed_pairs(model, self._dual_encoder, chunk),
+            loss_of=lambda image, text: self._loss(
+                PairEmbeddings(image, text, self._dual_encoder.logit_scale.exp()), batch
+            ),
+        )
+
+    def _loss(self, local: PairEmbeddings, batch: dict[str, Tensor]) -> Tensor:
+        """From this process's embeddings to the global loss."""
+        counts = row_counts(batch["input_ids"])
+        context, kept = self._context(batch, counts)
+        student = _gather(local, counts, kept)
+        teacher = _gather(self._teacher_embeddings(batch), counts, kept) if self._needs_teacher else None
         terms: dict[str, Tensor] = {}
         for callback in self.loss_callbacks:
             for name, term in callback.loss_terms(student, teacher, context).items():
@@ -154,29 +198,54 @@ class ModXTrainer(Trainer):
                     raise ValueError(f"Two loss callbacks name a term {name!r}: rename one of them.")
                 terms[name] = term
         self._record({**terms, **context.metrics})
-        loss = torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
-        return (loss, student) if return_outputs else loss
+        return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+
+    def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings:
+        """The old model's embeddings of this process's batch, in chunks where the student has chunks."""
+        rows = len(batch["input_ids"])
+        size = self.args.gradient_cache_chunk_size or rows
+        parts = [
+            self.teacher.embed({name: tensor[at : at + size] for name, tensor in batch.items()})
+            for at in range(0, rows, size)
+        ]
+        image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
+        return PairEmbeddings(image, text, parts[0].logit_scale)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches of pairs in an order that depends on (data seed, epoch) alone."""
+        """Batches of pairs in an order that depends on (data seed, epoch) alone; each process gets its share."""
         if not self._uses_columns:
             return super().get_train_dataloader()
         if self.train_dataset is None:
             raise ValueError("Training requires a train_dataset.")
         dataset = self._pairs(self.train_dataset)
+        batches = GlobalBatches(
+            len(dataset),
+            self._train_batch_size,
+            seed=self._data_seed,
+            current_epoch=lambda: int(self.state.epoch or 0),
+            drop_last=self.args.dataloader_drop_last,
+            batches_held=self.args.batches_held,
+            process_index=process_index(),
+            num_processes=world_size(),
+        )
         workers = self.args.dataloader_num_workers
-        return self.accelerator.prepare(
-            DataLoader(
-                dataset,
-                batch_size=self._train_batch_size,
-                sampler=EpochSampler(len(dataset), self._data_seed, lambda: int(self.state.epoch or 0)),
-                collate_fn=self.data_collator,
-                num_workers=workers,
-                prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-                pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-                persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-                drop_last=self.args.dataloader_drop_last,
-            )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
+            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+        )
+        # As for one process: the batches are shared out already.
+        return prepare_data_loader(
+            loader,
+            self.accelerator.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
         )
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -313,15 +382,21 @@ class ModXTrainer(Trainer):
 
     def _context(self, inputs: dict[str, Tensor], counts: list[int]) -> tuple[LossContext, Tensor | None]:
         """The context of the global batch, and which of the gathered rows belong to it (None: all)."""
-        if "row_id" in inputs:
-            row_ids = all_gather_rows(inputs["row_id"], counts)
+        names = [name for name in ("row_id", "pair_id", "caption_id") if name in inputs]
+        if names:
+            ids = all_gather_rows(torch.stack([inputs[name] for name in names], dim=1), counts)
+            ids = dict(zip(names, ids.unbind(dim=1), strict=True))
         else:
-            row_ids = torch.arange(sum(counts), device=inputs["input_ids"].device)
-        pair_ids = all_gather_rows(inputs["pair_id"], counts) if "pair_id" in inputs else row_ids
+            ids = {}
+        row_ids = ids.get("row_id", torch.arange(sum(counts), device=inputs["input_ids"].device))
+        pair_ids = ids.get("pair_id", row_ids)
+        if "caption_id" in ids:
+            pair_ids = torch.stack([pair_ids, ids["caption_id"]], dim=1)
         # Only a batch that is not full can hold filled-in rows; looking for them costs a synchronisation.
         kept = None
         if world_size() > 1 and not self.args.dataloader_drop_last:
             kept = _first_occurrences(row_ids)
+        if kept is not None:
             row_ids, pair_ids = row_ids[kept], pair_ids[kept]
         context = LossContext(
             model=self._dual_encoder,
@@ -331,6 +406,7 @@ class ModXTrainer(Trainer):
             step=self.state.global_step,
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
+            shard=_shard(counts) if world_size() > 1 and kept is None else None,
         )
         return context, kept
 
@@ -342,11 +418,15 @@ class ModXTrainer(Trainer):
     def _pairs(self, dataset: Dataset) -> PairDataset:
         return PairDataset(dataset, self.args.image_column, self.args.caption_column, self.args.pair_id_column)
 
-    def _pair_collator(self) -> PairCollator:
+    def _pair_collator(self, mask_duplicates: bool = False) -> PairCollator:
         if self.processing_class is None:
             raise ValueError("ModXTrainer needs a processing_class, for instance CLIPProcessor.from_pretrained(...).")
         return PairCollator(
-            self.processing_class, self._data_seed, self.args.image_augmentation, self._longest_caption()
+            self.processing_class,
+            self._data_seed,
+            self.args.image_augmentation,
+            self._longest_caption(),
+            mask_duplicates,
         )
 
     def _longest_caption(self) -> int | None:
@@ -391,17 +471,27 @@ class ModXTrainer(Trainer):
 
 
 def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> PairEmbeddings:
-    """The embeddings of the global batch."""
-    image, text = all_gather_rows(local.image, counts), all_gather_rows(local.text, counts)
+    """The embeddings of the global batch, in one exchange."""
+    width = local.image.shape[1]
+    both = all_gather_rows(torch.cat([local.image, local.text], dim=1), counts)
     if kept is not None:
-        image, text = image[kept], text[kept]
-    return PairEmbeddings(image, text, local.logit_scale)
+        both = both[kept]
+    return PairEmbeddings(both[:, :width], both[:, width:], local.logit_scale)
 
 
-def _first_occurrences(row_ids: Tensor) -> Tensor:
-    """Positions of the rows without those that fill the last batch of an epoch up for all processes."""
-    seen = (row_ids[:, None] == row_ids[None, :]).tril(diagonal=-1).any(dim=1)
-    return (~seen).nonzero().squeeze(1)
+def _shard(counts: list[int]) -> Shard:
+    """The rows of the global batch that came from this process."""
+    start = sum(counts[: process_index()])
+    return Shard(start, start + counts[process_index()], len(counts), gather_stacked)
+
+
+def _first_occurrences(row_ids: Tensor) -> Tensor | None:
+    """Positions of the rows without those that give a process something to do in a batch too small for all; None where
+    there are no such rows."""
+    ordered, places = row_ids.sort(stable=True)
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    return None if first.all() else places[first].sort().values
 
 
 def _refuse(value: Any, name: str, remedy: str) -> None:

@@ -28,6 +28,21 @@ class ModXTrainingArguments(TrainingArguments):
             "negatives of each other, in the loss, in screening and in the tests."
         },
     )
+    mask_duplicates: bool = field(
+        default=False,
+        metadata={
+            "help": "Pairs that drew the same caption are no negatives of each other, on whatever process they are, "
+            "as pairs of one pair_id are."
+        },
+    )
+    gradient_cache_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pairs that a process holds activations of at once. The batches of one optimizer step "
+            "(per_device_train_batch_size x gradient_accumulation_steps on each process) then form ONE contrastive "
+            "batch, at the price of a second forward pass."
+        },
+    )
     bad_samples: str = field(
         default="error",
         metadata={
@@ -76,8 +91,7 @@ class ModXTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = field(
         default=True,
         metadata={
-            "help": "Drop the last, smaller batch of an epoch. Ignored where a phase is smaller than a global batch. "
-            "If False, several processes fill that batch up with rows from the start of the epoch."
+            "help": "Drop the last, smaller contrastive batch of an epoch. Ignored where a phase is smaller than one."
         },
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Kept False: images are read from columns."})
@@ -89,6 +103,8 @@ class ModXTrainingArguments(TrainingArguments):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
         if self.image_augmentation not in ("none", "affine_color"):
             raise ValueError(f"image_augmentation must be 'none' or 'affine_color', got {self.image_augmentation!r}.")
+        if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
+            raise ValueError(f"gradient_cache_chunk_size must be at least 1, got {self.gradient_cache_chunk_size}.")
         if self.max_logit_scale < 1:
             raise ValueError(f"max_logit_scale must be at least 1, got {self.max_logit_scale}.")
 
@@ -98,15 +114,22 @@ class ModXTrainingArguments(TrainingArguments):
         return math.log(self.max_logit_scale)
 
     @property
+    def batches_held(self) -> int:
+        """Batches in a row that form one contrastive batch."""
+        return 1 if self.gradient_cache_chunk_size is None else self.gradient_accumulation_steps
+
+    @property
     def contrastive_batch_size(self) -> int:
-        """Pairs that see each other as negatives in one step: the batches of all processes."""
-        return self.train_batch_size * self.world_size
+        """Pairs that see each other as negatives in one step: the batches of all processes, and with the gradient
+        cache those of all accumulation steps."""
+        return self.train_batch_size * self.world_size * self.batches_held
 
     def phase_steps(self, num_pairs: int) -> int:
         """Optimizer steps of a phase with so many training pairs."""
         if self.max_steps > 0:
             return self.max_steps
-        batches, rest = divmod(num_pairs, self.contrastive_batch_size)
-        if rest and (batches == 0 or not self.dataloader_drop_last):
-            batches += 1
+        left_over = num_pairs % self.contrastive_batch_size
+        if self.dataloader_drop_last and num_pairs > left_over:
+            num_pairs -= left_over
+        batches = math.ceil(num_pairs / (self.train_batch_size * self.world_size))
         return math.ceil(self.num_train_epochs * math.ceil(batches / self.gradient_accumulation_steps))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..embeddings import PairEmbeddings
+from ..losses import Shard
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,13 @@ class LossContext:
     Attributes:
         model: the unwrapped model in training, for terms on its weights.
         batch: this process's batch as the collator made it.
-        pair_ids: (N,) int64, global, in the order of the embeddings' rows. Different rows of one id are no negatives
-            of each other.
+        pair_ids: (N,) or (N, K) int64, global, in the order of the embeddings' rows. Different rows that agree in an
+            id are no negatives of each other.
         row_ids: (N,) int64, global: the rows of the training set.
         step: optimizer steps done in this phase.
         epoch: the epoch, with fraction.
+        shard: the rows that this process computes of the losses in `hf_modx.losses`, passed on to them; a loss
+            without it is computed whole on every process, which is as exact. None: there is nothing to share.
         phase_start: the trainable weights at the start of the phase by parameter name, detached and never changed;
             empty unless some callback of the recipe needs them.
     """
@@ -32,6 +35,7 @@ class LossContext:
     step: int
     epoch: float
     phase_start: Mapping[str, Tensor]
+    shard: Shard | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def report(self, name: str, value: Tensor) -> None:

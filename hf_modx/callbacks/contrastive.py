@@ -11,7 +11,7 @@ class Contrastive(LossCallback):
     """Symmetric InfoNCE over the global batch: plain fine-tuning, and the base of every combination.
 
     Args:
-        chunk_size: rows of the similarity matrix held at once; None holds all.
+        chunk_size: rows of the similarity matrix held at once; None chooses.
     """
 
     owns_contrastive = True
@@ -23,7 +23,12 @@ class Contrastive(LossCallback):
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         loss = info_nce(
-            student.image, student.text, student.logit_scale, pair_ids=context.pair_ids, chunk_size=self.chunk_size
+            student.image,
+            student.text,
+            student.logit_scale,
+            pair_ids=context.pair_ids,
+            chunk_size=self.chunk_size,
+            shard=context.shard,
         )
         return {"contrastive": loss}
 

@@ -23,7 +23,7 @@ class ModX(LossCallback):
         distill_scale: factor on the cosines inside the distillation softmax (1.0 in the authors' code).
         reduction: "sum" (the authors' code) or "mean" over the rows of the global batch.
         contrastive: also bring InfoNCE. False beside another owner of the contrastive term.
-        chunk_size: rows of the similarity matrices held at once; None holds all.
+        chunk_size: rows of the similarity matrices held at once; None chooses.
 
     Logs `contrastive`, `modx_distillation` (weighted) and the fractions `image_rows_kept` and `text_rows_kept` of rows
     that the old model has right. Warns once a phase when fewer than 5 % of the rows are kept.
@@ -59,6 +59,7 @@ class ModX(LossCallback):
             "reduction": self.reduction,
             "pair_ids": context.pair_ids,
             "chunk_size": self.chunk_size,
+            "shard": context.shard,
         }
         if self.owns_contrastive:
             result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **options)

@@ -1,7 +1,8 @@
 """Losses as pure functions of embeddings: no model, no Trainer, no process group."""
 
+from .affinity import Shard
 from .contrastive import info_nce
 from .distillation import AffinityDistillation, affinity_distillation
 from .modx import ModXLoss, modx_loss
 
-__all__ = ["AffinityDistillation", "ModXLoss", "affinity_distillation", "info_nce", "modx_loss"]
+__all__ = ["AffinityDistillation", "ModXLoss", "Shard", "affinity_distillation", "info_nce", "modx_loss"]
