@@ -41,10 +41,11 @@ def arguments(folder, batch_size, **changes):
     return ModXTrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
 
-def train_and_save(folder, batch_size, rows, evaluate_first, changes):
+def train_and_save(folder, batch_size, rows, evaluate_first, changes, double=True):
     processor = tiny_processor()
+    model = tiny_clip(processor)
     trainer = ModXTrainer(
-        model=tiny_clip(processor).double(),
+        model=model.double() if double else model,
         args=arguments(folder, batch_size, **changes),
         train_dataset=tiny_pairs(rows),
         eval_dataset=tiny_pairs(11),
@@ -75,6 +76,57 @@ def test_two_processes_train_the_weights_of_one(tmp_path, evaluate_first, change
     ranks = [tmp_path / "two" / f"rank-{rank}.safetensors" for rank in (0, 1)]
     assert largest_difference(*ranks) == 0
     assert largest_difference(tmp_path / "one" / "rank-0.safetensors", ranks[0]) < 1e-9
+
+
+# (processes, batch of each, accumulation steps, chunk): all have a contrastive batch of 8 pairs.
+SAME_TRAINING = [
+    (1, 8, 1, 3),
+    (1, 4, 2, 3),
+    (2, 4, 1, None),
+    (2, 4, 1, 3),
+    (2, 2, 2, 1),
+    (4, 2, 1, None),
+    (4, 2, 1, 1),
+    (4, 1, 2, 1),
+]
+PRECISIONS = {"double": ({}, True, 1e-9), "single": ({"optim": "sgd", "learning_rate": 0.05}, False, 1e-5)}
+# Five steps over two epochs: batches of 8, 8 and 5 (which four processes share unevenly); of 8, 8 and 2 (which leaves
+# nothing for two of four processes).
+UNEVEN_ROWS = [21, 18]
+
+
+def train_in_both_precisions(folder, batch_size, accumulation, chunk):
+    for rows in [48, *UNEVEN_ROWS]:
+        for name, (changes, double, _) in PRECISIONS.items():
+            place = Path(folder) / f"{name}-{rows}"
+            place.mkdir(parents=True, exist_ok=True)
+            changes = {
+                **changes,
+                "gradient_accumulation_steps": accumulation,
+                "gradient_cache_chunk_size": chunk,
+                "dataloader_drop_last": rows == 48,
+            }
+            train_and_save(place, batch_size, rows, False, changes, double)
+
+
+@pytest.fixture(scope="module")
+def one_big_batch(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    launch(1, train_in_both_precisions, folder, 8, 1, None)
+    return folder
+
+
+@pytest.mark.parametrize("setting", SAME_TRAINING, ids=str)
+def test_processes_chunks_and_accumulation_train_the_same_weights(tmp_path, one_big_batch, setting):
+    processes, batch_size, accumulation, chunk = setting
+    launch(processes, train_in_both_precisions, tmp_path, batch_size, accumulation, chunk)
+    for rows in [48, *UNEVEN_ROWS]:
+        for name, (_, _, tolerance) in PRECISIONS.items():
+            ranks = [tmp_path / f"{name}-{rows}" / f"rank-{rank}.safetensors" for rank in range(processes)]
+            for other in ranks[1:]:
+                assert largest_difference(ranks[0], other) == 0, (name, rows)
+            reference = one_big_batch / f"{name}-{rows}" / "rank-0.safetensors"
+            assert largest_difference(reference, ranks[0]) < tolerance, (name, rows)
 
 
 @pytest.mark.parametrize("rows", [5, 6])

@@ -1,10 +1,13 @@
 """Losses against a transcription of the paper's equations, row by row, in float64."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_modx.losses import affinity_distillation, info_nce, modx_loss
+from hf_modx.losses import Shard, affinity_distillation, info_nce, modx_loss
 
 N, DIM, TEACHER_DIM = 9, 6, 5
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -486,3 +489,150 @@ def test_negative_alpha_is_refused():
 def test_chunk_size_of_zero_is_refused():
     with pytest.raises(ValueError, match="chunk_size must be at least 1"):
         info_nce(*PAIR, 1.0, chunk_size=0)
+
+
+# --- The kernel ------------------------------------------------------------------------------------------------------
+
+# With a small scale rows and columns share their powers, with a large one they are shifted.
+SCALES = [2.0, 14.0, 100.0]
+BOTH_IDS = torch.tensor([[4, 1], [7, 2], [4, 3], [1, 4], [9, 2], [7, 6], [4, 7], [2, 8], [3, 1]])
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("chunk_size", [None, 2])
+def test_every_scale_gives_the_values_of_the_reference(scale, chunk_size):
+    batch = Batch()
+    batch.scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    found = batch.modx(distill_scale=scale / 2, chunk_size=chunk_size)
+    contrastive = reference_info_nce(batch.images, batch.texts, batch.scale)
+    embeds = (batch.images, batch.texts, batch.old_images, batch.old_texts)
+    distillation, *kept = reference_distillation(*embeds, distill_scale=scale / 2)
+    torch.testing.assert_close(found.contrastive, contrastive, **EXACT)
+    torch.testing.assert_close(found.distillation, distillation, rtol=1e-11, atol=1e-11)
+    assert [found.image_rows_kept.item(), found.text_rows_kept.item()] == pytest.approx(kept)
+    assert_same_gradients(batch, found.loss, contrastive + 20 * distillation, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_numerical_gradients(scale):
+    batch = Batch(rows=5)
+
+    def losses(images, texts, log_scale):
+        found = modx_loss(
+            F.normalize(images, dim=1), F.normalize(texts, dim=1), batch.old_images, batch.old_texts, log_scale.exp()
+        )
+        return found.contrastive, found.distillation
+
+    log_scale = torch.tensor(scale, dtype=torch.float64).log().requires_grad_()
+    assert torch.autograd.gradcheck(losses, (batch.images, batch.texts, log_scale))
+
+
+def test_rows_that_agree_in_any_id_are_no_candidates_of_each_other():
+    batch = Batch()
+    found = batch.modx(pair_ids=BOTH_IDS, chunk_size=4)
+    same = (BOTH_IDS[:, None] == BOTH_IDS[None]).any(dim=-1) & ~torch.eye(N, dtype=torch.bool)
+    logits = (batch.scale * batch.images @ batch.texts.T).masked_fill(same, -torch.inf)
+    target = torch.arange(N)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(found.contrastive, expected, **EXACT)
+    assert_same_gradients(batch, found.contrastive, expected)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("scale", [14.0, 100.0])
+def test_extra_texts_widen_the_image_to_text_denominators_only(chunk_size, scale):
+    batch, extra = Batch(), unit(4, DIM, 77).requires_grad_()
+    found = info_nce(batch.images, batch.texts, scale, extra_text_embeds=extra, chunk_size=chunk_size)
+    target = torch.arange(N)
+    logits = scale * batch.images @ torch.cat([batch.texts, extra]).T
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :N].T, target)) / 2
+    torch.testing.assert_close(found, expected, **EXACT)
+    assert_same_gradients(batch, found, expected, rtol=1e-11, atol=1e-11)
+    gradients = [torch.autograd.grad(loss, extra, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("distill_scale", [1.0, 50.0])
+def test_extra_texts_are_candidates_in_the_distillation(distill_scale):
+    batch, extra, old_extra = Batch(), unit(4, DIM, 77), unit(4, TEACHER_DIM, 78)
+    found = batch.distillation(
+        extra_text_embeds=extra, teacher_extra_text_embeds=old_extra, distill_scale=distill_scale, screen=False
+    )
+    new = distill_scale * batch.images @ torch.cat([batch.texts, extra]).T
+    old = distill_scale * batch.old_images @ torch.cat([batch.old_texts, old_extra]).T
+    by_image = F.kl_div(new.log_softmax(1), old.log_softmax(1), log_target=True, reduction="sum")
+    new, old = new[:, :N].T, old[:, :N].T
+    by_text = F.kl_div(new.log_softmax(1), old.log_softmax(1), log_target=True, reduction="sum")
+    torch.testing.assert_close(found.loss, (by_image + by_text) / 2, rtol=1e-11, atol=1e-11)
+    assert_same_gradients(batch, found.loss, (by_image + by_text) / 2, rtol=1e-10, atol=1e-10)
+
+
+def test_extra_texts_of_one_model_only_are_refused():
+    with pytest.raises(ValueError, match="of both models"):
+        Batch().distillation(extra_text_embeds=unit(4, DIM, 77))
+
+
+def test_extra_texts_of_another_width_are_refused():
+    batch = Batch()
+    with pytest.raises(ValueError, match="Extra text embeddings must be"):
+        info_nce(batch.images, batch.texts, 1.0, extra_text_embeds=unit(4, DIM + 1, 77))
+
+
+class Exchange:
+    """What processes do when they gather, for threads: each waits for all others."""
+
+    def __init__(self, number: int):
+        self.barrier = threading.Barrier(number, timeout=20)
+        self.parts = [None] * number
+
+    def gather(self, index: int):
+        def stacked(tensor):
+            self.parts[index] = tensor
+            self.barrier.wait()
+            result = torch.stack(self.parts)
+            self.barrier.wait()
+            return result
+
+        return stacked
+
+
+@pytest.mark.parametrize("scale", [14.0, 100.0])
+@pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)
+def test_shards_sum_to_the_whole(bounds, scale):
+    batch = Batch()
+    batch.scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
+    options = {"pair_ids": IDS, "distill_scale": scale / 2}
+    whole = batch.modx(**options)
+    number = len(bounds) - 1
+    exchange = Exchange(number)
+
+    def one_process(index):
+        shard = Shard(bounds[index], bounds[index + 1], number, exchange.gather(index))
+        found = batch.modx(shard=shard, chunk_size=2, **options)
+        return found, batch.gradients(found.loss)
+
+    with ThreadPoolExecutor(number) as pool:
+        answers = list(pool.map(one_process, range(number)))
+    for found, _ in answers:
+        for name in ("loss", "contrastive", "distillation", "image_rows_kept", "text_rows_kept"):
+            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-11, atol=1e-11)
+    for parts, expected in zip(
+        zip(*[grads for _, grads in answers], strict=True), batch.gradients(whole.loss), strict=True
+    ):
+        torch.testing.assert_close(sum(parts) / number, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_two_calls_give_the_same_bits():
+    batch = Batch(rows=200, dtype=torch.float32)
+    first, second = batch.modx(chunk_size=64), batch.modx(chunk_size=64)
+    assert torch.equal(first.loss, second.loss)
+    for one, other in zip(batch.gradients(first.loss), batch.gradients(second.loss), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_gradient_in_single_precision_is_as_exact_as_autograd():
+    batch = Batch(rows=500, dtype=torch.float32)
+    double = Batch(rows=500)
+    found, exact = batch.gradients(batch.modx().loss), double.gradients(double.modx().loss)
+    for single, wanted in zip(found, exact, strict=True):
+        assert (single.double() - wanted).norm() / wanted.norm() < 1e-5
