@@ -29,6 +29,7 @@ from .model_card import phase_card
 from .overlap import image_digests, shared_rows
 from .phases import PhaseStream
 from .recipes import build_recipe
+from .teacher_cache import CachedTeacher
 from .trainer import LOSS_CALLBACKS_NAME, ModXTrainer
 from .training_args import ModXTrainingArguments
 
@@ -271,6 +272,8 @@ class ContinualRun:
             # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.
             raise RuntimeError(f"Phase {number} was interrupted. Run the same command again to go on.")
         self._publish(number, trainer.accelerator.unwrap_model(trainer.model), _training_record(trainer))
+        if isinstance(trainer.teacher, CachedTeacher):
+            trainer.teacher.remove()
         return trainer
 
     @property

@@ -1,5 +1,6 @@
 """Image-caption pairs from a `datasets.Dataset` to tensors."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -97,13 +98,20 @@ class PairCollator:
         seed: of this phase's random choices.
         image_augmentation: "none" or "affine_color".
         max_length: tokens to which a caption is cut; default: what the tokenizer says.
+        mask_duplicates: also return `caption_id`, by which equal captions are known on all processes.
 
     Returns, when called with N items of `PairDataset`: `pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
-    (N, T) padded to the longest and truncated to the context, `row_id` and `pair_id` (N,).
+    (N, T) padded to the longest and truncated to the context, `row_id` and `pair_id` (N,), `caption_index` (N,): which
+    of its row's captions was drawn, and with `mask_duplicates` `caption_id` (N,): a 63-bit hash of the caption.
     """
 
     def __init__(
-        self, processing_class: Any, seed: int = 0, image_augmentation: str = "none", max_length: int | None = None
+        self,
+        processing_class: Any,
+        seed: int = 0,
+        image_augmentation: str = "none",
+        max_length: int | None = None,
+        mask_duplicates: bool = False,
     ):
         check_processor(processing_class)
         self.max_length = max_length
@@ -111,29 +119,39 @@ class PairCollator:
         self.tokenizer = processing_class.tokenizer
         self.seed = seed
         self.image_augmentation = image_augmentation
+        self.mask_duplicates = mask_duplicates
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         generators = [np.random.default_rng([self.seed, pair["epoch"], pair["row_id"]]) for pair in pairs]
-        self._refuse_missing_captions(pairs)
-        captions = [
-            pair["captions"][generator.integers(len(pair["captions"]))]
-            for pair, generator in zip(pairs, generators, strict=True)
+        self.refuse_missing_captions([pair["row_id"] for pair in pairs if not pair["captions"]])
+        drawn = [
+            int(generator.integers(len(pair["captions"]))) for pair, generator in zip(pairs, generators, strict=True)
         ]
+        captions = [pair["captions"][index] for pair, index in zip(pairs, drawn, strict=True)]
         pixel_values = self.pixel_values([pair["image"] for pair in pairs])
         if self.image_augmentation == "affine_color":
             pixel_values = augment_affine_color(pixel_values, generators)
-        return {
+        batch = {
             "pixel_values": pixel_values,
             **self.tokens(captions),
             "row_id": torch.tensor([pair["row_id"] for pair in pairs]),
             "pair_id": torch.tensor([pair["pair_id"] for pair in pairs]),
+            "caption_index": torch.tensor(drawn),
         }
+        if self.mask_duplicates:
+            batch["caption_id"] = torch.tensor([self._caption_id(caption) for caption in captions])
+        return batch
 
     @staticmethod
-    def _refuse_missing_captions(pairs: Sequence[dict[str, Any]]) -> None:
-        rows = [pair["row_id"] for pair in pairs if not pair["captions"]]
+    def refuse_missing_captions(rows: list[int]) -> None:
+        """Raise a ValueError that names the rows, if there are any."""
         if rows:
             raise ValueError(f"Rows {rows} have no caption: null, empty or blank. Leave them out.")
+
+    @staticmethod
+    def _caption_id(caption: str) -> int:
+        """63 bits of BLAKE2b: Python's own hash of a string is another one in every process."""
+        return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
 
     def pixel_values(self, images: list) -> Tensor:
         return self.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ from .gradcache import GradientCache, join_batches
 from .losses import Shard, info_nce
 from .recipes import build_recipe
 from .sampling import GlobalBatches
-from .teacher import Teacher
+from .teacher import Teacher, teacher_of
+from .teacher_cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -144,7 +146,39 @@ class ModXTrainer(Trainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
+            self._cache_teacher()
         return prepared
+
+    def _cache_teacher(self) -> None:
+        """Embed the phase with the teacher once, where that is possible and pays; the teacher then leaves memory."""
+        obstacle = cache_obstacle(self.data_collator)
+        if isinstance(self.teacher, CachedTeacher):
+            return
+        numbers = {}
+        if obstacle is None:
+            dataset = self._pairs(self.train_dataset)
+            steps = self.args.phase_steps(len(dataset))  # of the whole phase: resumed, it decides as before
+            numbers = {
+                "rows": len(dataset),
+                "captions": int(caption_offsets(dataset)[-1]),
+                "width": self._dual_encoder.config.projection_dim,
+                "pairs_seen": steps * self.args.total_batch_size,
+            }
+        mode = choose_cache(self.args.teacher_cache, obstacle=obstacle, **numbers)
+        if mode == "off":
+            return
+        live = self.teacher
+        self.teacher = build_teacher_cache(
+            live,
+            dataset,
+            self.data_collator,
+            self.accelerator,
+            mode=mode,
+            folder=Path(self.args.output_dir) / "teacher_cache",
+            batch_size=self.args.eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+        )
+        live.release()
 
     def compute_loss(
         self,
@@ -155,8 +189,10 @@ class ModXTrainer(Trainer):
     ):
         """The sum of all loss terms on the global batch, the same value on every process; with `return_outputs` also
         this process's embeddings."""
+        # Before the student: a look into the cached teacher waits for the device.
+        teacher = self._teacher_embeddings(inputs)
         student = embed_pairs(model, self._dual_encoder, inputs)
-        loss = self._loss(student, inputs)
+        loss = self._loss(student, teacher, inputs)
         return (loss, student) if return_outputs else loss
 
     def training_step(
@@ -175,22 +211,23 @@ class ModXTrainer(Trainer):
         model.train()
         batch = join_batches(self._held, self.processing_class.tokenizer.pad_token_id)
         self._held = []
+        teacher = self._teacher_embeddings(batch)
         return GradientCache(self.args.gradient_cache_chunk_size).backward(
             self.accelerator,
             model,
             batch,
             embed=lambda chunk: embed_pairs(model, self._dual_encoder, chunk),
             loss_of=lambda image, text: self._loss(
-                PairEmbeddings(image, text, self._dual_encoder.logit_scale.exp()), batch
+                PairEmbeddings(image, text, self._dual_encoder.logit_scale.exp()), teacher, batch
             ),
         )
 
-    def _loss(self, local: PairEmbeddings, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: dict[str, Tensor]) -> Tensor:
         """From this process's embeddings to the global loss."""
         counts = row_counts(batch["input_ids"])
         context, kept = self._context(batch, counts)
         student = _gather(local, counts, kept)
-        teacher = _gather(self._teacher_embeddings(batch), counts, kept) if self._needs_teacher else None
+        teacher = None if local_teacher is None else _gather(local_teacher, counts, kept)
         terms: dict[str, Tensor] = {}
         for callback in self.loss_callbacks:
             for name, term in callback.loss_terms(student, teacher, context).items():
@@ -200,8 +237,10 @@ class ModXTrainer(Trainer):
         self._record({**terms, **context.metrics})
         return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
 
-    def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings:
+    def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings | None:
         """The old model's embeddings of this process's batch, in chunks where the student has chunks."""
+        if not self._needs_teacher:
+            return None
         rows = len(batch["input_ids"])
         size = self.args.gradient_cache_chunk_size or rows
         parts = [
@@ -372,7 +411,7 @@ class ModXTrainer(Trainer):
     def _remember_phase_start(self) -> None:
         """Take what the loss callbacks need of the weights as they are now, once."""
         if self._needs_teacher and self.teacher is None:
-            self.teacher = Teacher(self.model)
+            self.teacher = teacher_of(self.model)
         if any(callback.needs_phase_start for callback in self.loss_callbacks) and not self._phase_start:
             self._phase_start = {
                 name: parameter.detach().clone()

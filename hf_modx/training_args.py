@@ -43,6 +43,15 @@ class ModXTrainingArguments(TrainingArguments):
             "batch, at the price of a second forward pass."
         },
     )
+    teacher_cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Embed each training image and caption with the old model once a phase and look them up. 'memory' "
+            "or 'disk' says where, 'off' runs the old model in every step, 'auto' decides: off where images are "
+            "augmented or a phase sees too few of its pairs, else memory up to 1 GiB.",
+            "choices": ["auto", "memory", "disk", "off"],
+        },
+    )
     bad_samples: str = field(
         default="error",
         metadata={
@@ -103,6 +112,13 @@ class ModXTrainingArguments(TrainingArguments):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
         if self.image_augmentation not in ("none", "affine_color"):
             raise ValueError(f"image_augmentation must be 'none' or 'affine_color', got {self.image_augmentation!r}.")
+        if self.teacher_cache not in ("auto", "memory", "disk", "off"):
+            raise ValueError(f"teacher_cache must be 'auto', 'memory', 'disk' or 'off', got {self.teacher_cache!r}.")
+        if self.teacher_cache in ("memory", "disk") and self.image_augmentation != "none":
+            raise ValueError(
+                f"teacher_cache={self.teacher_cache!r} needs images that are the same every time. Leave out "
+                f"image_augmentation={self.image_augmentation!r}, or set teacher_cache='off'."
+            )
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(f"gradient_cache_chunk_size must be at least 1, got {self.gradient_cache_chunk_size}.")
         if self.max_logit_scale < 1:
@@ -112,6 +128,11 @@ class ModXTrainingArguments(TrainingArguments):
     def max_log_logit_scale(self) -> float:
         """The bound on the `logit_scale` parameter itself, which is a logarithm."""
         return math.log(self.max_logit_scale)
+
+    @property
+    def total_batch_size(self) -> int:
+        """Pairs of one optimizer step, on all processes."""
+        return self.train_batch_size * self.world_size * self.gradient_accumulation_steps
 
     @property
     def batches_held(self) -> int:

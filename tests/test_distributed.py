@@ -129,6 +129,18 @@ def test_processes_chunks_and_accumulation_train_the_same_weights(tmp_path, one_
             assert largest_difference(reference, ranks[0]) < tolerance, (name, rows)
 
 
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_cached_teacher_trains_the_weights_of_a_live_one(tmp_path, mode):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    launch(1, train_and_save, tmp_path / "one", 8, 21, False, {"teacher_cache": "off"})
+    launch(2, train_and_save, tmp_path / "two", 4, 21, False, {"teacher_cache": mode})
+    ranks = [tmp_path / "two" / f"rank-{rank}.safetensors" for rank in (0, 1)]
+    assert largest_difference(*ranks) == 0
+    assert largest_difference(tmp_path / "one" / "rank-0.safetensors", ranks[0]) < 1e-9
+    assert (tmp_path / "two" / "teacher_cache").exists() == (mode == "disk")
+
+
 @pytest.mark.parametrize("rows", [5, 6])
 def test_phase_smaller_than_a_batch_is_exact_too(tmp_path, rows):
     (tmp_path / "one").mkdir()

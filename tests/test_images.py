@@ -1,4 +1,4 @@
-"""From any stored image to RGB, and augmentation that depends on one generator an image."""
+"""From any stored image to RGB, augmentation that depends on one generator an image, and the batch of pairs."""
 
 import io
 
@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hf_modx.data import PairCollator
 from hf_modx.images import augment_affine_color, to_rgb
 
 WHITE, BLACK, RED, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255)
@@ -226,3 +227,53 @@ def test_augmentation_leaves_its_input_alone():
 def test_float_images_of_unit_range_are_scaled():
     image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
     assert [image.mode, *np.asarray(to_rgb(image))[0, :, 0].tolist()] == ["F", 0, 127, 255]
+
+
+# --- PairCollator ----------------------------------------------------------------------------------------------------
+
+CAPTIONS = [["a red ring"], ["one blue bar", "a bar in blue", "a blue bar"], ["a red ring", "one ring in red"]]
+
+
+def items(epoch: int = 0, row_captions: list[list[str]] = CAPTIONS) -> list[dict]:
+    image = Image.new("RGB", (32, 32), "red")
+    return [
+        {"row_id": row, "epoch": epoch, "pair_id": 7 * row, "image": image, "captions": captions}
+        for row, captions in enumerate(row_captions)
+    ]
+
+
+@pytest.mark.parametrize("image_augmentation", ["none", "affine_color"])
+def test_drawn_caption_is_the_first_draw_of_the_row_and_the_epoch(processor, image_augmentation):
+    collator = PairCollator(processor, seed=5, image_augmentation=image_augmentation)
+    drawn = set()
+    for epoch in range(6):
+        batch = collator(items(epoch))
+        draws = [np.random.default_rng([5, epoch, row]).integers(len(own)) for row, own in enumerate(CAPTIONS)]
+        assert batch["caption_index"].tolist() == draws
+        expected = collator.tokens([own[draw] for own, draw in zip(CAPTIONS, draws, strict=True)])
+        assert torch.equal(batch["input_ids"], expected["input_ids"])
+        drawn.update(enumerate(draws))
+    assert {(1, 0), (1, 1), (1, 2), (2, 0), (2, 1)} <= drawn
+
+
+def test_equal_captions_have_equal_ids_and_others_have_other_ids(processor):
+    collator = PairCollator(processor, mask_duplicates=True)
+    ids = collator(items(row_captions=[["a red ring"], ["one bar"], ["a red ring"], ["a red Ring"]]))["caption_id"]
+    assert ids.dtype == torch.int64
+    assert ids[0] == ids[2]
+    assert len(set(ids.tolist())) == 3
+    assert (ids >= 0).all()
+
+
+def test_id_of_a_caption_is_the_same_in_every_process(processor):
+    collator = PairCollator(processor, mask_duplicates=True)
+    assert collator(items())["caption_id"][0] == 5363382719747995163  # b2sum -l 64, without its last bit
+
+
+def test_captions_have_no_ids_unless_asked_for(processor):
+    assert "caption_id" not in PairCollator(processor)(items())
+
+
+def test_rows_without_captions_are_named(processor):
+    with pytest.raises(ValueError, match=r"Rows \[1\] have no caption"):
+        PairCollator(processor)(items(row_captions=[["a red ring"], []]))

@@ -1,8 +1,11 @@
 """One phase of training."""
 
 import copy
+import gc
 import inspect
 import logging
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,6 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_modx import Contrastive, LossCallback, ModX, ModXTrainer
 from hf_modx.losses import info_nce, modx_loss
+from hf_modx.teacher import AdapterOffTeacher, Teacher
+from hf_modx.teacher_cache import CachedTeacher
 
 from tiny import tiny_clip
 
@@ -116,6 +121,49 @@ def test_given_teacher_is_used_and_left_untouched(model, make_args, processor, p
     trainer = train(model, make_args(max_steps=1), processor, pairs, teacher=teacher)
     assert torch.equal(trainer.teacher.model.text_projection.weight, teacher.text_projection.weight)
     assert all(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("mode", ["memory", "disk"])
+def test_cached_teacher_gives_the_weights_of_a_live_one(model, make_args, processor, pairs, mode):
+    live = copy.deepcopy(model)
+    train(live, make_args(optim="sgd", learning_rate=0.05, teacher_cache="off"), processor, pairs)
+    trainer = train(model, make_args(optim="sgd", learning_rate=0.05, teacher_cache=mode), processor, pairs)
+    assert isinstance(trainer.teacher, CachedTeacher)
+    assert largest_difference(model, live) < 1e-5
+
+
+def test_cached_teacher_has_left_memory(model, make_args, processor, pairs):
+    trainer = ModXTrainer(
+        model=model, args=make_args(teacher_cache="memory"), train_dataset=pairs, processing_class=processor
+    )
+    copy_of_model = weakref.ref(trainer.teacher.model)
+    trainer.train()
+    gc.collect()
+    assert copy_of_model() is None
+
+
+def test_teacher_is_cached_by_itself_where_pairs_are_seen_often(model, make_args, processor, pairs):
+    assert isinstance(train(model, make_args(max_steps=40), processor, pairs).teacher, CachedTeacher)
+
+
+def test_teacher_is_not_cached_by_itself_where_images_are_augmented(model, make_args, processor, pairs):
+    args = make_args(max_steps=40, image_augmentation="affine_color")
+    assert isinstance(train(model, args, processor, pairs).teacher, Teacher)
+
+
+def test_cache_of_augmented_images_is_refused(make_args):
+    with pytest.raises(ValueError, match="teacher_cache='disk' needs images that are the same every time"):
+        make_args(teacher_cache="disk", image_augmentation="affine_color")
+
+
+def test_student_with_an_adapter_needs_no_copy(model, make_args, processor, pairs):
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+        trainer = train(adapted, make_args(teacher_cache="off"), processor, pairs)
+    assert isinstance(trainer.teacher, AdapterOffTeacher)
+    assert all(0 <= value <= 1 for value in logged(trainer, "image_rows_kept"))
 
 
 def test_finetuning_makes_no_teacher(model, make_args, processor, pairs):

@@ -69,7 +69,7 @@ def encode_pairs(
     loader = DataLoader(
         Subset(dataset, range(rank, len(dataset), number)),
         batch_size=batch_size,
-        collate_fn=_AllCaptions(collator),
+        collate_fn=AllCaptions(collator),
         num_workers=num_workers,
     )
     shards: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "rows", "ids", "text_rows", "text_ids")}
@@ -98,8 +98,12 @@ def _slices(tensor: Tensor, size: int) -> list[tuple[int, Tensor]]:
     return [(start, tensor[start : start + size]) for start in range(0, len(tensor), size)]
 
 
-class _AllCaptions:
-    """Collate with every caption of a row instead of one; no augmentation."""
+class AllCaptions:
+    """Collate with every caption of a row instead of one; no augmentation.
+
+    Returns, when called with N items of `PairDataset` that have C captions: `pixel_values` (N, ...), `input_ids` and
+    `attention_mask` (C, T), `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
+    """
 
     def __init__(self, collator: PairCollator):
         self.collator = collator
