@@ -4,10 +4,22 @@ import gc
 import os
 import tempfile
 
-# Read by huggingface_hub and datasets at import time.
+from hub_server import reserve_port
+
+# Read by huggingface_hub and datasets at import time. The Hub is a port of this machine where nobody listens
+# except while a test uses the fixture `hub`.
 _HOME = tempfile.mkdtemp(prefix="hf_modx-tests-")
+_HUB_PORT = reserve_port()
 os.environ.update(
-    HF_HOME=_HOME, HF_DATASETS_CACHE=f"{_HOME}/datasets", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+    HF_HOME=_HOME,
+    HF_DATASETS_CACHE=f"{_HOME}/datasets",
+    HF_ENDPOINT=f"http://127.0.0.1:{_HUB_PORT.getsockname()[1]}",
+    HF_HUB_OFFLINE="0",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_UPDATE_DOWNLOAD_COUNTS="0",
+    HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+    NO_PROXY="127.0.0.1",
 )
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -17,6 +29,8 @@ import torch
 from hf_modx import ModXTrainingArguments
 
 from tiny import tiny_clip, tiny_pairs, tiny_processor
+
+pytest_plugins = ["hub_fixtures"]
 
 torch.set_num_threads(1)
 # accelerate collects garbage before every training run, half a second each time with all that is imported here: what
