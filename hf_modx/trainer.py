@@ -100,6 +100,7 @@ class ModXTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
+        self._refuse_engines()
         self.model_accepts_loss_kwargs = False
         self.label_names = []
         self.can_return_loss = True
@@ -473,6 +474,20 @@ class ModXTrainer(Trainer):
         config = self._dual_encoder.config.get_text_config()
         limits = (self.processing_class.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
         return min((limit for limit in limits if limit is not None), default=None)
+
+    def _refuse_engines(self) -> None:
+        """What would be wrong without saying so, or has never been run."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
+            raise ValueError(
+                f"ModXTrainer does not run under {engine}. Use plain data-parallel processes; "
+                "gradient_cache_chunk_size, activation checkpointing, bf16 and LoRA save memory."
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process would share {self.args.n_gpu} GPUs among replicas that do not see each other's pairs. "
+                "Start one process for each GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one."
+            )
 
     def _check_data(self) -> None:
         """All that can be told of the data without decoding them, before hours are spent."""

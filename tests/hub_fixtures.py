@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hub_server import OWNER, LoopbackHub
 from huggingface_hub import HfApi, HfFileSystem, constants
+
+from hub_server import OWNER, LoopbackHub
 
 TESTS = Path(__file__).parent
 

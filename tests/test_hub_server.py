@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import DatasetDict, load_dataset
-from hub_fixtures import TESTS, hub_environment, run_with_hub
-from hub_server import KINDS, OWNER, READER, STRANGER, Faults, LoopbackHub
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationCopy,
@@ -32,6 +30,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_session
 from transformers import AutoProcessor, CLIPModel
 
+from hub_fixtures import TESTS, hub_environment, run_with_hub
+from hub_server import KINDS, OWNER, READER, STRANGER, Faults, LoopbackHub
 from tiny import tiny_clip
 
 REPO = "owner/clip"

@@ -499,3 +499,18 @@ def test_pair_ids_must_be_whole_numbers(model, make_args, processor, pairs, ids)
     data = pairs.remove_columns("pair_id").add_column("pair_id", ids)
     with pytest.raises(TypeError, match="class_encode_column"):
         train(model, make_args(), processor, data)
+
+
+def test_compiled_model_trains_the_same_weights(model, make_args, processor, pairs):
+    changes = {"optim": "sgd", "learning_rate": 0.05, "teacher_cache": "off"}
+    plain = copy.deepcopy(model)
+    train(plain, make_args(**changes), processor, pairs)
+    train(model, make_args(**changes, torch_compile=True, torch_compile_backend="aot_eager"), processor, pairs)
+    assert largest_difference(model, plain) < 1e-5
+
+
+def test_several_gpus_in_one_process_are_refused(model, make_args, processor, pairs):
+    args = make_args()
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="Start one process for each GPU"):
+        ModXTrainer(model=model, args=args, train_dataset=pairs, processing_class=processor)
