@@ -59,16 +59,21 @@ def screened_kl(new: Tensor, old: Tensor, target: Tensor) -> Tensor:
 
 
 def row_by_row(images: Tensor, texts: Tensor, old_images: Tensor, old_texts: Tensor, scale: Tensor) -> Tensor:
-    """Rows of the old matrix that are wrong are overwritten one after the other."""
-    new, target = images @ texts.T, torch.arange(len(images))
-    loss = (F.cross_entropy(scale * new, target) + F.cross_entropy(scale * new.T, target)) / 2
-    for rows, old_rows in ((new, old_images @ old_texts.T), (new.T, old_texts @ old_images.T)):
-        old_rows = old_rows.clone()
-        for i in range(len(rows)):
-            if torch.argmax(old_rows[i]) != i:
-                old_rows[i] = rows[i]
-        divergence = F.kl_div(F.log_softmax(rows, dim=1), F.softmax(old_rows, dim=1), reduction="sum")
-        loss = loss + ALPHA * divergence / 2
+    """As the authors have it: each direction's matrices by products of their own, wrong rows of the old one
+    overwritten one after the other, within the graph."""
+    target = torch.arange(len(images))
+    loss = torch.zeros(())
+    for queries, keys, old_queries, old_keys in (
+        (images, texts, old_images, old_texts),
+        (texts, images, old_texts, old_images),
+    ):
+        new, old = queries @ keys.T, old_queries @ old_keys.T
+        highest = old.max(dim=1).indices
+        for i in range(len(new)):
+            if highest[i] != i:
+                old[i] = new[i]
+        divergence = F.kl_div(new.softmax(dim=1).log(), old.softmax(dim=1), reduction="sum")
+        loss = loss + (F.cross_entropy(scale * new, target) + ALPHA * divergence) / 2
     return loss
 
 

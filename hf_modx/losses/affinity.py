@@ -22,9 +22,9 @@ ROUNDING = 8
 # With exponents up to this no sum of powers overflows, and none that matters underflows.
 LARGEST_EXPONENT = 30.0
 # Similarities a block, where the caller does not choose: what fits a cache, or keeps an accelerator busy.
-BLOCK = {"cpu": 2**20}
+BLOCK = {"cpu": 2**19}
 ACCELERATOR_BLOCK = 2**25
-FEWEST_ROWS = 64
+FEWEST_ROWS = 128
 
 
 @dataclass(frozen=True)
