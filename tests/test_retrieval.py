@@ -1,12 +1,25 @@
 """Retrieval metrics against a loop over queries and candidates."""
 
+import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_modx.evaluation import retrieval_metrics, retrieval_ranks
+
+from launch import launch
+
+sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+
+import retrieval as benchmark
 
 
 def vectors_with_ties(rows: int, seed: int, dim: int = 4) -> torch.Tensor:
@@ -20,15 +33,72 @@ def vectors(rows: int, seed: int, dim: int = 8, dtype: torch.dtype = torch.float
     return F.normalize(torch.randn(rows, dim, generator=generator, dtype=torch.float64), dim=1).to(dtype)
 
 
+def on_grid(rows: int, cells: int, dtype: torch.dtype, seed: int, dim: int = 4) -> torch.Tensor:
+    """Vectors of multiples of 1 / cells in [-1/2, 1/2]: exact cosines, and many ties where cells are few."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-cells // 2, cells // 2 + 1, (rows, dim), generator=generator) / cells).to(dtype)
+
+
 def reference_ranks(queries, candidates, query_ids, candidate_ids) -> list[int]:
+    """By the definition: a tie is what differs by no more than 8 units in the last place of 1."""
     ranks = []
-    for query, query_id in zip(queries, query_ids.tolist(), strict=True):
-        cosines = [float(query @ candidate) for candidate in candidates]
+    for cosines, query_id in zip((queries.double() @ candidates.double().T).tolist(), query_ids.tolist(), strict=True):
         matches = [cosine for cosine, i in zip(cosines, candidate_ids.tolist(), strict=True) if i == query_id]
-        best = math.nan if any(map(math.isnan, matches)) else max(matches)
         others = [cosine for cosine, i in zip(cosines, candidate_ids.tolist(), strict=True) if i != query_id]
-        ranks.append(1 + sum(not cosine < best for cosine in others))
+        best = math.nan if any(map(math.isnan, matches)) else max(matches)
+        ranks.append(1 + sum(not cosine < best - 8 * torch.finfo(queries.dtype).eps for cosine in others))
     return ranks
+
+
+@st.composite
+def matched_ids(draw):
+    """Ids of images and captions, in any order: any integers, several images and captions of one id."""
+    pool = st.sampled_from(draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=20, unique=True)))
+    image_ids = draw(st.lists(pool, min_size=1, max_size=30))
+    further = draw(st.lists(st.sampled_from(image_ids), max_size=40))
+    text_ids = draw(st.permutations(sorted(set(image_ids)) + further))
+    return torch.tensor(image_ids), torch.tensor(text_ids)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    ids=matched_ids(),
+    cells=st.sampled_from([2, 16, 1024]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    tile=st.sampled_from([1, 7, 1024]),
+    seed=st.integers(0, 2**32),
+    nan_share=st.sampled_from([0, 0, 0.1]),
+)
+def test_ranks_equal_a_loop_for_any_ids_ties_and_tiles(ids, cells, dtype, tile, seed, nan_share):
+    image_ids, text_ids = ids
+    images, texts = on_grid(len(image_ids), cells, dtype, seed), on_grid(len(text_ids), cells, dtype, seed + 1)
+    lost = torch.rand(len(texts), generator=torch.Generator().manual_seed(seed)) < nan_share
+    texts[lost] = torch.nan
+    image_ranks = reference_ranks(images, texts, image_ids, text_ids)
+    text_ranks = reference_ranks(texts, images, text_ids, image_ids)
+    assert retrieval_ranks(images, texts, image_ids, text_ids, tile=tile).tolist() == image_ranks
+    assert retrieval_ranks(texts, images, text_ids, image_ids, tile=tile).tolist() == text_ranks
+    assert retrieval_metrics(images, texts, image_ids, text_ids, tile=tile) == pytest.approx(
+        {**metrics_of(image_ranks, "image_to_text"), **metrics_of(text_ranks, "text_to_image")}, abs=1e-12
+    )
+
+
+def metrics_of(ranks: list[int], name: str) -> dict[str, float]:
+    middle = sorted(ranks)[(len(ranks) - 1) // 2 : len(ranks) // 2 + 1]
+    return {
+        **{f"{name}_recall@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 5, 10)},
+        f"{name}_mrr": sum(1 / rank for rank in ranks) / len(ranks),
+        f"{name}_median_rank": sum(middle) / len(middle),
+    }
+
+
+@pytest.mark.parametrize("tile", [100, 1024])
+def test_ranks_equal_a_loop_where_some_ids_stand_for_hundreds(tile):
+    draws = torch.randint(0, 60, (1500,), generator=torch.Generator().manual_seed(0)) ** 2 // 40
+    image_ids, text_ids = torch.cat([draws[:500], draws.unique()]), torch.cat([draws.unique(), draws[500:]])
+    images, texts = on_grid(len(image_ids), 64, torch.float32, 0), on_grid(len(text_ids), 64, torch.float32, 1)
+    for arguments in ((images, texts, image_ids, text_ids), (texts, images, text_ids, image_ids)):
+        assert retrieval_ranks(*arguments, tile=tile).tolist() == reference_ranks(*arguments)
 
 
 @pytest.mark.parametrize("make", [vectors, vectors_with_ties], ids=["random", "ties"])
@@ -69,6 +139,16 @@ def test_a_tie_counts_against_the_model():
     assert retrieval_ranks(candidates[:1], candidates, ids[:1], ids).tolist() == [2]
 
 
+def test_a_tie_ends_8_units_in_the_last_place_below_the_best_match():
+    unit = torch.finfo(torch.float32).eps
+    queries = torch.tensor([[1.0, 0.0]]).repeat(3, 1)
+    candidates = torch.tensor([[0.5, 0.0], [0.5 - 8 * unit, 0.0], [0.5 - 9 * unit, 0.0]])
+    ids = torch.arange(3)
+    assert retrieval_ranks(queries, candidates, ids, ids).tolist() == [2, 3, 3]
+    metrics = retrieval_metrics(candidates, queries, ids, ids)
+    assert metrics["text_to_image_mrr"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 3) / 3)
+
+
 def test_a_tie_among_matches_costs_nothing():
     candidates = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     assert retrieval_ranks(candidates[:1], candidates, torch.tensor([0]), torch.tensor([0, 0, 1])).tolist() == [1]
@@ -77,7 +157,7 @@ def test_a_tie_among_matches_costs_nothing():
 @pytest.mark.parametrize("tile", [1, 1024])
 def test_a_collapsed_model_has_no_recall(tile):
     # 1,025 rows leave a last tile of one row, which is multiplied by another kernel that rounds differently.
-    rows = 1025 if tile == 1024 else 333
+    rows = 1025 if tile == 1024 else 60
     images, texts = vectors(1, 0, 512, torch.float32), vectors(1, 1, 512, torch.float32)
     ids = torch.arange(rows)
     metrics = retrieval_metrics(images.repeat(rows, 1), texts.repeat(rows, 1), ids, ids, tile=tile)
@@ -137,10 +217,86 @@ def test_a_perfect_model_has_full_recall():
     assert set(metrics.values()) == {1.0}
 
 
-def test_the_metrics_are_those_of_both_directions():
+def test_candidates_that_no_query_matches_may_stand_in_the_way():
+    candidates = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    assert retrieval_ranks(candidates[:1], candidates, torch.tensor([7]), torch.tensor([8, 7, 9])).tolist() == [2]
+
+
+def test_the_metrics_name_the_side_that_has_no_match():
+    ids, short = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])
+    with pytest.raises(ValueError, match="1 of 3 images have no matching"):
+        retrieval_metrics(torch.eye(3), torch.eye(3), ids, short)
+    with pytest.raises(ValueError, match="1 of 3 captions have no matching"):
+        retrieval_metrics(torch.eye(3), torch.eye(3), short, ids)
+
+
+def test_bad_shapes_and_tiles_are_refused():
     ids = torch.arange(3)
-    names = {
-        f"{a}_to_{b}_{m}" for a, b in (("image", "text"), ("text", "image")) for m in ("recall@1", "recall@5", "mrr")
-    }
-    metrics = retrieval_metrics(torch.eye(3), torch.eye(3), ids, ids)
-    assert set(metrics) == names | {"image_to_text_recall@10", "text_to_image_recall@10"}
+    with pytest.raises(ValueError, match=r"\(3, 3\) with torch.int64 ids of shape \(2,\)"):
+        retrieval_metrics(torch.eye(3), torch.eye(3), ids, ids[:2])
+    with pytest.raises(ValueError, match="integer ids"):
+        retrieval_ranks(torch.eye(3), torch.eye(3), ids.float(), ids)
+    with pytest.raises(ValueError, match="tile must be at least 1"):
+        retrieval_ranks(torch.eye(3), torch.eye(3), ids, ids, tile=-1)
+
+
+def test_neither_autocast_nor_gradients_change_the_metrics():
+    ids = torch.arange(60)
+    images, texts = vectors(60, 0, dtype=torch.float32), vectors(60, 1, dtype=torch.float32)
+    expected = retrieval_metrics(images, texts, ids, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert retrieval_metrics(images.requires_grad_(), texts.requires_grad_(), ids, ids) == expected
+
+
+class Watch(TorchDispatchMode):
+    """Counts the tiles that are multiplied and keeps the size of the largest tensor that is made."""
+
+    def __init__(self):
+        super().__init__()
+        self.tiles, self.largest = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.tiles += function is torch.ops.aten.mm.out
+        if isinstance(result, torch.Tensor):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("number_of_ids", [300, 1])
+def test_nothing_larger_than_a_tile_or_the_embeddings_is_made(number_of_ids):
+    image_ids, text_ids = torch.arange(300) % number_of_ids, torch.arange(900) % number_of_ids
+    with Watch() as watch:
+        retrieval_metrics(vectors(300, 0), vectors(900, 1), image_ids, text_ids, tile=80)
+    assert watch.largest == 900 * 8
+
+
+def save_sharded_metrics(folder, tile):
+    image_ids = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    text_ids = torch.cat([image_ids, image_ids, image_ids[:4]])
+    images, texts = vectors(11, 0, dtype=torch.float32), vectors(26, 1, dtype=torch.float32)
+    with Watch() as watch:
+        metrics = retrieval_metrics(images, texts, image_ids, text_ids, tile=tile, sharded=True)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    (folder / f"rank-{rank}.json").write_text(json.dumps({"metrics": metrics, "tiles": watch.tiles}))
+
+
+@pytest.mark.parametrize(("tile", "shares"), [(4, [11, 10]), (5, [9, 9]), (1024, [1, 0])])
+def test_processes_share_the_tiles_and_get_the_metrics_of_one(tmp_path, tile, shares):
+    save_sharded_metrics(tmp_path, tile)
+    alone = json.loads((tmp_path / "rank-0.json").read_text())
+    launch(2, save_sharded_metrics, tmp_path, tile)
+    ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["metrics"] for rank in ranks] == [alone["metrics"]] * 2
+    assert [rank["tiles"] for rank in ranks] == shares
+    assert alone["tiles"] == sum(shares)
+
+
+def test_the_benchmark_measures_time_memory_and_recall(capsys):
+    benchmark.main(["--images", "900", "--captions_per_image", "3", "--dim", "32", "--repeats", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    table = {cells[0]: cells[1:] for cells in (line.strip("| ").split(" | ") for line in lines)}
+    matrix_mib = 900 * 2700 * 4 / 2**20
+    assert matrix_mib <= float(table["the same, new matrix"][2]) < matrix_mib + 20
+    assert table["hf_modx"][3:] == table["reference, two passes"][3:]
+    assert lines[-1] == "Ranks unlike the reference's: 0 of 3,600"
