@@ -19,7 +19,13 @@ The same from a file, flags override it:
 
     accelerate launch examples/continual_clip.py config.yaml --seed 1
 
+Every phase as a revision of one repository on the Hub (after `hf auth login`), private unless told otherwise:
+
+    accelerate launch examples/continual_clip.py --push_to_hub --hub_model_id my_clip
+
 Run the command again after an interruption: finished phases are kept, the phase begun goes on from its checkpoint.
+With `--push_to_hub` that works in an empty folder on another machine, too. A run that is finished but could not be
+published whole ends with status 3: the same command publishes the rest.
 """
 
 import json
@@ -37,8 +43,14 @@ from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, b
 from hf_modx.cli import parse_arguments
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream
 from hf_modx.evaluation import EvaluationMatrix
+from hf_modx.hub_run import UnpublishedPhases
+from hf_modx.hub_stream import NotAStream
+from hf_modx.provenance import is_hub_id
 
 logger = logging.getLogger("hf_modx.example")
+
+UNPUBLISHED = 3
+"""Exit status of a run that is finished and not wholly on the Hub."""
 
 
 @dataclass
@@ -52,8 +64,9 @@ class ScriptArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "A data set on the Hub, a folder written by save_to_disk, an image folder with metadata, or "
-            "parquet files. Default: the built-in drawings."
+            "help": "A data set on the Hub (what PhaseStream.push_to_hub has published is a stream as it stands), a "
+            "folder written by save_to_disk, an image folder with metadata, or parquet files. Default: the built-in "
+            "drawings."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
@@ -119,9 +132,16 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         recipe_args=script.recipe_options,
         base_max_steps=script.base_max_steps,
     )
-    matrix = run.run()
+    unpublished = None
+    try:
+        matrix = run.run()
+    except UnpublishedPhases as error:
+        unpublished, matrix = error, run.matrix()
     if args.process_index == 0:
         print(report(run, matrix))
+    if unpublished is not None:
+        print(unpublished, file=sys.stderr)
+        raise SystemExit(UNPUBLISHED)
     return matrix
 
 
@@ -145,7 +165,10 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseSt
     if script.dataset_name is None:
         stream = demo_stream(args.seed)
     else:
-        stream = cut_into_phases(load_data(script.dataset_name, script.dataset_config_name, args), script, args.seed)
+        stream = published_stream(script)
+        if stream is None:
+            data = load_data(script.dataset_name, script.dataset_config_name, args)
+            stream = cut_into_phases(data, script, args.seed)
 
     def at_most(name: str, part: Dataset) -> Dataset:
         limit = script.max_eval_samples if name.endswith("(test)") else script.max_train_samples
@@ -154,6 +177,18 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseSt
         return part.shuffle(seed=args.seed).select(range(limit))
 
     return stream.map_parts(at_most)
+
+
+def published_stream(script: ScriptArguments) -> PhaseStream | None:
+    """What `PhaseStream.push_to_hub` has published under this name, unless other phases are asked for."""
+    asked = (script.dataset_config_name, script.phase_column, script.num_phases, script.phase_splits)
+    others = any(value is not None for value in asked)
+    if others or not is_hub_id(script.dataset_name) or datasets.config.HF_HUB_OFFLINE:
+        return None
+    try:
+        return PhaseStream.from_hub(script.dataset_name)
+    except NotAStream:
+        return None
 
 
 def load_data(name: str, config: str | None, args: ModXTrainingArguments) -> DatasetDict:

@@ -28,6 +28,11 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset, image_column: str, caption_column: str, pair_id_column: str):
         check_columns(dataset, image_column, caption_column)
+        if dataset.format["type"] == "custom":
+            raise ValueError(
+                "The data set has a transform (set_transform), which would not be applied: images and captions are "
+                "read from their columns. Apply it with map, or pass a data_collator of your own."
+            )
         columns = [image_column, caption_column]
         self.pair_id_column = pair_id_column if pair_id_column in dataset.column_names else None
         if self.pair_id_column:
@@ -88,6 +93,32 @@ class EpochSampler(torch.utils.data.Sampler[int]):
         epoch = self.current_epoch()
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
         return iter((order + epoch * self.num_rows).tolist())
+
+
+class NumberedRows(torch.utils.data.Dataset):
+    """Any map-style data set under the indices of `GlobalBatches`, for collators of a user's own: items are
+    (row, item)."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        row = int(index) % len(self.dataset)
+        return row, self.dataset[row]
+
+
+class NumberingCollator:
+    """A user's own collator on the items of `NumberedRows`; adds `row_id` (N,) where it gives none."""
+
+    def __init__(self, collator: Callable):
+        self.collator = collator
+
+    def __call__(self, items: Sequence[tuple[int, Any]]) -> dict[str, Any]:
+        batch = self.collator([item for _, item in items])
+        return {"row_id": torch.tensor([row for row, _ in items]), **batch}
 
 
 class PairCollator:

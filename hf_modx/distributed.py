@@ -1,5 +1,6 @@
 """Gathering rows from all processes with gradient, and doing something on one of them for all."""
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -76,7 +77,16 @@ def _attempt(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:
-        return error
+        return _portable(error)
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it cannot travel to the other processes."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(repr(error))
+    return error
 
 
 def _raise_or_return(answers: list) -> list:

@@ -16,9 +16,14 @@ def write_text(path: Path, content: str) -> None:
     os.replace(temporary, path)
 
 
+def as_json(content: Any) -> str:
+    """The content as it stands in the files of a run."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, content: Any) -> None:
     """`write_text` of the content as JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(content))
 
 
 def read_json(path: Path) -> Any | None:
@@ -27,6 +32,13 @@ def read_json(path: Path) -> Any | None:
         return None
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def publish_file(temporary: Path, final: Path) -> None:
+    """Flush a complete file and give it its final name."""
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
+    os.replace(temporary, final)
 
 
 def publish_folder(temporary: Path, final: Path) -> None:

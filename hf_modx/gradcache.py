@@ -1,6 +1,7 @@
 """A large contrastive batch in the memory of a small one."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ class GradientCache:
         Args:
             accelerator: of the training.
             model: as prepared by the accelerator.
-            batch: tensors of n rows each.
+            batch: what `embed` takes, `pixel_values` and `input_ids` among it. There may be more images than texts, or
+                fewer; a chunk has at least one of each.
             embed: a forward pass through the model.
             loss_of: the loss of this process's (n, D) image and text embeddings; may gather those of the others.
 
@@ -79,8 +81,15 @@ def join_batches(batches: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> 
 
 
 def _chunks(batch: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    rows = len(batch["input_ids"])
-    return [{name: tensor[at : at + size] for name, tensor in batch.items()} for at in range(0, rows, size)]
+    sides = (len(batch["pixel_values"]), len(batch["input_ids"]))
+    number = min(math.ceil(max(sides) / size), *sides)
+    parts = {name: _cut(tensor, number, size) for name, tensor in batch.items()}
+    return [{name: parts[name][place] for name in batch} for place in range(number)]
+
+
+def _cut(tensor: Tensor, number: int, size: int) -> Sequence[Tensor]:
+    """So many parts; full ones and the rest, where that is so many."""
+    return tensor.split(size) if math.ceil(len(tensor) / size) == number else tensor.tensor_split(number)
 
 
 @torch.no_grad()
@@ -105,10 +114,10 @@ def _gradients(
     loss = loss_of(image, text)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [image, text, *parameters], allow_unused=True)
-    sizes = [len(chunk.image) for chunk in embeddings]
+    sizes = [[len(getattr(chunk, side)) for chunk in embeddings] for side in ("image", "text")]
     sides = [
-        (torch.zeros_like(side) if gradient is None else gradient).split(sizes)
-        for side, gradient in zip((image, text), gradients[:2], strict=True)
+        (torch.zeros_like(side) if gradient is None else gradient).split(parts)
+        for side, gradient, parts in zip((image, text), gradients[:2], sizes, strict=True)
     ]
     rest = sum(
         (parameter * gradient).sum()

@@ -70,7 +70,7 @@ def run_identity(
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two identities, in words; more phases at the end are no difference."""
     found = []
-    for name in ("recipe", "recipe_args", "start", "base"):
+    for name in ("recipe", "recipe_args", "base_max_steps", "start", "base"):
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():

@@ -238,6 +238,50 @@ class PhaseStream:
         order = np.random.default_rng(seed).permutation(len(dataset))
         return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
 
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Publish the stream as a data set on the Hub that `from_hub` reads again.
+
+        Every part is a split, named after its phase as far as names of splits permit: `NAME_train`, `NAME_test`. So
+        `load_dataset(repo_id, split="NAME_train", streaming=True)` works as with any data set. Names, order, base and
+        licences are in `stream.json`; images are stored with the data. What fails is tried again a few times.
+
+        Args:
+            repo_id: "namespace/name", or a name in your own namespace; what is there is replaced.
+            private: visibility of a data set that is new.
+            token: default: that of `hf auth login` or HF_TOKEN.
+
+        Returns:
+            The complete name.
+
+        Raises:
+            ValueError: the parts do not have the same columns.
+            HubError: the Hub refuses it, or does not answer.
+        """
+        from .hub_stream import push_stream  # which knows what a stream is
+
+        return push_stream(self, repo_id, private=private, token=token)
+
+    @classmethod
+    def from_hub(cls, repo_id: str, *, revision: str | None = None, token: str | None = None) -> "PhaseStream":
+        """The stream that `push_to_hub` has published: same names, order, base and rows.
+
+        The data are downloaded: a phase is read in a random order many times. To look at a few rows, stream a split
+        with `load_dataset(..., streaming=True)`.
+
+        Args:
+            repo_id: name of the data set.
+            revision: branch, tag or commit.
+            token: default: that of `hf auth login` or HF_TOKEN.
+
+        Raises:
+            NotAStream: a data set, but not one that `push_to_hub` has published (a ValueError).
+            RepositoryNotFoundError, RevisionNotFoundError: there is no such data set, or no such revision.
+            HubError: the Hub does not answer.
+        """
+        from .hub_stream import load_stream  # which knows what a stream is
+
+        return load_stream(repo_id, revision=revision, token=token)
+
     @classmethod
     def _equal_parts(
         cls, dataset: Dataset, order: np.ndarray, num_phases: int, test_fraction: float, seed: int

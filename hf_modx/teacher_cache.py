@@ -29,6 +29,8 @@ from .teacher import AdapterOffTeacher, Teacher
 MODES = ("auto", "off", "memory", "disk")
 MEMORY_LIMIT = 2**30
 ROWS_READ_AT_ONCE = 1024
+# A tokenizer remembers how it padded and truncated last, and with what it was saved: no properties of it.
+REMEMBERED = ("padding", "truncation", "processor_class")
 LAYOUT = 1  # of the files; a cache of another layout is not read
 
 
@@ -455,17 +457,17 @@ def _config_digest(model: nn.Module) -> str:
 def _processor_digest(collator: PairCollator) -> str:
     """What `save_pretrained` writes of image processor and tokenizer."""
     parts = (collator.image_processor, collator.tokenizer)
-    contents: list[Any] = [collator.max_length, *(type(part).__qualname__ for part in parts)]
+    contents: list[Any] = [
+        collator.max_length,
+        *(f"{type(part).__module__}.{type(part).__qualname__}" for part in parts),
+    ]
     with tempfile.TemporaryDirectory() as folder:
         for part in parts:
             part.save_pretrained(folder)
         for file in sorted(Path(folder).iterdir()):
-            content = file.read_text(encoding="utf-8")
-            if file.name == "tokenizer.json":
-                # A tokenizer remembers how it padded and truncated last: that is no property of it.
-                content = {
-                    name: value for name, value in json.loads(content).items() if name not in ("padding", "truncation")
-                }
+            content: Any = file.read_text(encoding="utf-8")
+            if file.suffix == ".json":
+                content = {name: value for name, value in json.loads(content).items() if name not in REMEMBERED}
             contents.append((file.name, content))
     return _digest(json.dumps(contents, sort_keys=True))
 
@@ -485,4 +487,5 @@ def _rows_digest(dataset: PairDataset, start: int) -> str:
     stop = min(start + ROWS_READ_AT_ONCE, len(dataset))
     rows = dataset.dataset.select(range(start, stop))
     captions = rows.select_columns([dataset.caption_column])[:][dataset.caption_column]
-    return _digest(repr((image_digests(rows, dataset.image_column), captions)))
+    decoding = repr(rows.features[dataset.image_column])  # the same bytes in another mode are other images
+    return _digest(repr((image_digests(rows, dataset.image_column), decoding, captions)))

@@ -1,31 +1,38 @@
 """The Trainer of one phase."""
 
 import copy
+import itertools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback
-from transformers.trainer_utils import PredictionOutput, speed_metrics
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PredictionOutput, TrainOutput, speed_metrics
 
-from .callbacks import LogitScaleClamp, LossCallback, LossContext, check_recipe
-from .data import PairCollator, PairDataset
+from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
+from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_states, unpack_states
+from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
-from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs
+from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs, longest_caption
 from .evaluation.encoding import EncodedPairs, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
+from .files import write_text
 from .gradcache import GradientCache, join_batches
+from .hub_faults import describe
 from .losses import Shard, info_nce
-from .recipes import build_recipe
+from .model_card import trainer_card
+from .recipes import Part, build_recipe
+from .replay import Replay, StoredEmbeddings
 from .sampling import GlobalBatches
 from .teacher import Teacher, teacher_of
 from .teacher_cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
@@ -47,12 +54,14 @@ class ModXTrainer(Trainer):
     Args:
         args: `ModXTrainingArguments`.
         processing_class: a processor with an image processor and a tokenizer, for instance `CLIPProcessor`.
-        data_collator: replaces image and caption columns altogether: the stock data path is used, and the collator
-            returns `pixel_values`, `input_ids`, `attention_mask` and, if it likes, `pair_id` and `row_id`.
+        data_collator: replaces image and caption columns altogether: it takes items of the data set and returns
+            `pixel_values`, `input_ids`, `attention_mask` and, if it likes, `pair_id`, `caption_id` (see
+            `mask_duplicates`) and `row_id` (N,). The order of the rows is ours; a data set without a length is read in
+            the stock way, and then several processes need batches that are full.
         compute_metrics: called in evaluation beside the retrieval metrics, with `predictions = (image embeddings,
             text embeddings)` and `label_ids = (image ids, text ids)`.
-        loss_callbacks: the name of a recipe, or a list of `LossCallback`s; they join the Trainer's callbacks. A
-            callback added later with `add_callback` counts as well.
+        loss_callbacks: a recipe as `build_recipe` takes it, for instance a name or a list of `LossCallback`s; they
+            join the Trainer's callbacks. A callback added later with `add_callback` counts as well.
         teacher: the old model. None takes a frozen copy, in memory, of the model as it is handed over.
 
     Raises:
@@ -79,7 +88,7 @@ class ModXTrainer(Trainer):
         optimizers: tuple = (None, None),
         optimizer_cls_and_kwargs: tuple | None = None,
         preprocess_logits_for_metrics: Callable | None = None,
-        loss_callbacks: str | list[LossCallback] = "modx",
+        loss_callbacks: str | Sequence[Part] = "modx",
         teacher: nn.Module | None = None,
     ):
         args = args if args is not None else ModXTrainingArguments(output_dir="tmp_trainer")
@@ -107,28 +116,53 @@ class ModXTrainer(Trainer):
         self._uses_columns = data_collator is None
         if self._uses_columns:
             self.data_collator = self._pair_collator(args.mask_duplicates)
+        self.memory: Dataset | None = None
+        self._stored: StoredEmbeddings | None = None
         self._check_data()
         if model is not None:
             self._freeze_towers(self.model)
         self.add_callback(LogitScaleClamp(args.max_log_logit_scale))
-        for callback in build_recipe(loss_callbacks) if isinstance(loss_callbacks, str) else loss_callbacks:
+        for callback in build_recipe(loss_callbacks):
             self.add_callback(callback)
         self.teacher = Teacher(teacher) if teacher is not None else None
         self._phase_start: dict[str, Tensor] = {}
+        self._phase_has_started = False
         if train_dataset is not None:
             self._remember_phase_start()
         self._records: dict[str, tuple[Tensor, int]] = {}
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
+        self.data_wait = DataWait()
+        self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
     @property
     def loss_callbacks(self) -> list[LossCallback]:
         """The loss callbacks that are live: those among the Trainer's callbacks."""
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, LossCallback)]
 
+    def use_memory(self, memory: Dataset) -> None:
+        """Replay pairs of this table beside the training set, as the callbacks want it (`LossCallback.replay`).
+
+        Args:
+            memory: earlier pairs in the columns of the training set; for callbacks that hold them to stored embeddings
+                with these (see `ReplayMemory`).
+
+        Raises:
+            ValueError: no callback replays, embeddings are missing, or a data collator reads the columns.
+        """
+        if self._replay is None:
+            raise ValueError("A memory is given and no callback of the recipe replays it: add ExperienceReplay().")
+        if not self._uses_columns:
+            raise ValueError("A memory is replayed by the built-in data path only. Leave data_collator out.")
+        self._pairs(memory)
+        self._stored = StoredEmbeddings(memory) if self._replay.stores_embeddings else None
+        self.memory = memory
+
     # ---- Training ----
 
     def train(self, *args, **kwargs):
         check_recipe(self.loss_callbacks)
+        if not all(callback.trains for callback in self.loss_callbacks):
+            return TrainOutput(0, 0.0, {})
         if self.args.gradient_accumulation_steps > 1 and self.args.gradient_cache_chunk_size is None:
             logger.warning(
                 "Gradient accumulation adds no negatives: each of the %d batches of a step is contrasted with itself. "
@@ -136,12 +170,48 @@ class ModXTrainer(Trainer):
                 self.args.gradient_accumulation_steps,
             )
         self._held = []
-        self._remember_phase_start()
+        self._start_phase()
         if self.model_wrapped is self.model:
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
             # without DDP and the processes would drift apart in silence.
             self.model._is_accelerate_prepared = False
-        return super().train(*args, **kwargs)
+        output = super().train(*args, **kwargs)
+        if not (self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps):
+            self.finish_phase()
+        return output
+
+    def finish_from(self, checkpoint: str) -> None:
+        """Instead of `train`, where a phase was interrupted after its last step: load that step's checkpoint and do
+        what comes after it."""
+        self._start_phase()
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self.finish_phase()
+
+    def finish_phase(self) -> None:
+        """Let the loss callbacks do what comes after the last step, first the one that decides on the weights; `train`
+        does it by itself."""
+        for callback in sorted(self.loss_callbacks, key=lambda callback: not callback.owns_weights):
+            callback.finish_phase(self._boundary())
+
+    def _start_phase(self) -> None:
+        self._remember_phase_start()
+        if not self._phase_has_started:
+            for callback in self.loss_callbacks:
+                callback.start_phase(self._boundary())
+        self._phase_has_started = True
+
+    def _boundary(self) -> PhaseBoundary:
+        return PhaseBoundary(
+            model=self._dual_encoder,
+            phase_start=self._phase_start,
+            train_dataset=self.train_dataset,
+            memory=self.memory,
+            collator=self._pair_collator() if self._uses_columns else None,
+            args=self.args,
+            autocast=self.accelerator.autocast,
+            gradients=self._gradients,
+        )
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -154,11 +224,16 @@ class ModXTrainer(Trainer):
         """Embed the phase with the teacher once, where that is possible and pays; the teacher then leaves memory."""
         obstacle = cache_obstacle(self.data_collator)
         if isinstance(self.teacher, CachedTeacher):
+            if self.train_dataset is not self._cached_dataset:
+                raise ValueError(
+                    "train_dataset is another one than the old model's embeddings were cached for. Make a new "
+                    "ModXTrainer for it, or set teacher_cache='off'."
+                )
             return
         numbers = {}
         if obstacle is None:
-            dataset = self._pairs(self.train_dataset)
-            steps = self.args.phase_steps(len(dataset))  # of the whole phase: resumed, it decides as before
+            dataset = self._training_pairs()
+            steps = self.args.phase_steps(len(self.train_dataset))  # of the whole phase: resumed, it decides as before
             numbers = {
                 "rows": len(dataset),
                 "captions": int(caption_offsets(dataset)[-1]),
@@ -180,6 +255,7 @@ class ModXTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
         )
         live.release()
+        self._cached_dataset = self.train_dataset
 
     def compute_loss(
         self,
@@ -190,11 +266,13 @@ class ModXTrainer(Trainer):
     ):
         """The sum of all loss terms on the global batch, the same value on every process; with `return_outputs` also
         this process's embeddings."""
+        inputs = _tensors(inputs)
         # Before the student: a look into the cached teacher waits for the device.
         teacher = self._teacher_embeddings(inputs)
-        student = embed_pairs(model, self._dual_encoder, inputs)
-        loss = self._loss(student, teacher, inputs)
-        return (loss, student) if return_outputs else loss
+        batch = self._ready(inputs)
+        student = embed_pairs(model, self._dual_encoder, batch.inputs, batch.token_embeds)
+        loss = self._loss(student, teacher, batch)
+        return (loss, batch.pairs(student)) if return_outputs else loss
 
     def training_step(
         self,
@@ -206,35 +284,64 @@ class ModXTrainer(Trainer):
         and form one contrastive batch."""
         if self.args.gradient_cache_chunk_size is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        self._held.append(self._prepare_inputs(inputs))
+        self._held.append(_tensors(self._prepare_inputs(inputs)))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.train()
-        batch = join_batches(self._held, self.processing_class.tokenizer.pad_token_id)
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # of optimizers without a schedule
+        joined = join_batches(self._held, self._pad_token_id)
         self._held = []
-        teacher = self._teacher_embeddings(batch)
+        teacher = self._teacher_embeddings(joined)
+        batch = self._ready(joined)
         return GradientCache(self.args.gradient_cache_chunk_size).backward(
             self.accelerator,
             model,
-            batch,
-            embed=lambda chunk: embed_pairs(model, self._dual_encoder, chunk),
+            batch.inputs,
+            embed=lambda chunk: embed_pairs(model, self._dual_encoder, chunk, batch.token_embeds),
             loss_of=lambda image, text: self._loss(
                 PairEmbeddings(image, text, self._dual_encoder.logit_scale.exp()), teacher, batch
             ),
         )
 
-    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: dict[str, Tensor]) -> Tensor:
+    def _ready(self, inputs: dict[str, Tensor]) -> "_Batch":
+        """The batch with all that the loss needs to know of it, and with what the loss callbacks add to it."""
+        counts = row_counts(inputs["input_ids"])
+        context, kept = self._context(inputs, counts)
+        extra = {
+            callback: self._prepare_input(callback.extra_inputs(context))
+            for callback in self.loss_callbacks
+            if type(callback).extra_inputs is not LossCallback.extra_inputs
+        }
+        sizes = {
+            callback: (len(added.get("pixel_values", ())), len(added.get("input_ids", ())))
+            for callback, added in extra.items()
+        }
+        joined = _joined(inputs, extra.values(), self._pad_token_id)
+        token_embeds, rows = _given_texts(inputs, extra.values())
+        if token_embeds is not None:
+            joined["token_embeds_row"] = rows
+        return _Batch(joined, token_embeds, counts, kept, context, sizes)
+
+    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: "_Batch") -> Tensor:
         """From this process's embeddings to the global loss."""
-        counts = row_counts(batch["input_ids"])
-        context, kept = self._context(batch, counts)
-        student = _gather(local, counts, kept)
-        teacher = None if local_teacher is None else _gather(local_teacher, counts, kept)
+        student = _gather(batch.pairs(local), batch.counts, batch.kept)
+        teacher = None if local_teacher is None else _gather(local_teacher, batch.counts, batch.kept)
+        extra = batch.gather_extra(local)
+        context = batch.context
         terms: dict[str, Tensor] = {}
         for callback in self.loss_callbacks:
-            for name, term in callback.loss_terms(student, teacher, context).items():
+            own = replace(context, extra=extra[callback]) if callback in extra else context
+            for name, term in callback.loss_terms(student, teacher, own).items():
                 if name in terms:
                     raise ValueError(f"Two loss callbacks name a term {name!r}: rename one of them.")
+                if not isinstance(term, Tensor) or term.ndim != 0:
+                    raise TypeError(
+                        f"{type(callback).__name__} gives {name!r} as {term!r}: a term is a scalar tensor."
+                    )
                 terms[name] = term
+        if clash := terms.keys() & context.metrics.keys():
+            raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
         self._record({**terms, **context.metrics})
         return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
 
@@ -253,18 +360,23 @@ class ModXTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in an order that depends on (data seed, epoch) alone; each process gets its share."""
-        if not self._uses_columns:
-            return super().get_train_dataloader()
         if self.train_dataset is None:
             raise ValueError("Training requires a train_dataset.")
-        dataset = self._pairs(self.train_dataset)
+        if self._uses_columns:
+            dataset, collator = self._training_pairs(), self.data_collator
+        elif hasattr(self.train_dataset, "__len__"):
+            dataset, collator = NumberedRows(self.train_dataset), NumberingCollator(self.data_collator)
+        else:
+            return super().get_train_dataloader()
         batches = GlobalBatches(
-            len(dataset),
+            len(self.train_dataset),
             self._train_batch_size,
             seed=self._data_seed,
             current_epoch=lambda: int(self.state.epoch or 0),
             drop_last=self.args.dataloader_drop_last,
             batches_held=self.args.batches_held,
+            memory_rows=len(dataset) - len(self.train_dataset),
+            memory_share=self._replay.batch_share if self._replay is not None else 0.0,
             process_index=process_index(),
             num_processes=world_size(),
         )
@@ -272,7 +384,7 @@ class ModXTrainer(Trainer):
         loader = DataLoader(
             dataset,
             batch_sampler=batches,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
@@ -302,6 +414,8 @@ class ModXTrainer(Trainer):
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and (share := self.data_wait.share()) is not None:
+            logs["data_wait"] = share
         if self._records and ("loss" in logs or "train_loss" in logs):
             logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
             logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
@@ -352,10 +466,12 @@ class ModXTrainer(Trainer):
         return encoded
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
-        metrics = retrieval_metrics(encoded.image, encoded.text, encoded.image_ids, encoded.text_ids)
+        metrics = retrieval_metrics(
+            encoded.image, encoded.text, encoded.image_ids, encoded.text_ids, sharded=world_size() > 1
+        )
         first = encoded.first_captions()
         scale = self._dual_encoder.logit_scale.detach().exp()
-        loss = info_nce(encoded.image, encoded.text[first], scale, pair_ids=encoded.image_ids, chunk_size=1024)
+        loss = info_nce(encoded.image, encoded.text[first], scale, pair_ids=encoded.image_ids)
         metrics["loss"] = loss.item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
@@ -378,22 +494,64 @@ class ModXTrainer(Trainer):
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             os.makedirs(folder, exist_ok=True)
-            state = {
-                f"{index}.{type(callback).__name__}.{name}": tensor.detach().cpu().contiguous()
-                for index, callback in enumerate(self.loss_callbacks)
-                for name, tensor in callback.state_dict().items()
-            }
-            save_file(state, os.path.join(folder, LOSS_CALLBACKS_NAME))
+            self.save_loss_callbacks(os.path.join(folder, LOSS_CALLBACKS_NAME))
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME)
-        state = load_file(path) if os.path.exists(path) else {}
-        for index, callback in enumerate(self.loss_callbacks):
-            prefix = f"{index}.{type(callback).__name__}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            callback.load_state_dict(own)
+        self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
+
+    def save_loss_callbacks(self, path: str | os.PathLike) -> None:
+        """Write the states of the loss callbacks to a safetensors file."""
+        save_file(pack_states(self.loss_callbacks), path)
+
+    def load_loss_callbacks(self, path: str | os.PathLike) -> None:
+        """Give the loss callbacks their states back; where there is no such file, they become as new."""
+        unpack_states(self.loss_callbacks, load_file(path) if os.path.exists(path) else {})
+
+    # ---- The Hub: a Trainer used alone pushes as the stock one does, with the card of this library ----
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `README.md`, see `trainer_card`. `tasks`, `dataset` and `dataset_args` are not used: the task is known
+        and the data tell of themselves."""
+        if self.is_world_process_zero():
+            card = trainer_card(
+                self,
+                model_name=model_name,
+                language=language,
+                license=license,
+                tags=tags,
+                finetuned_from=finetuned_from,
+                dataset_tags=dataset_tags,
+            )
+            write_text(Path(self.args.output_dir) / "README.md", card)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The stock method pushes what lies in the output folder, in the background, and asks for no outcome.
+        self._tell_failed_pushes()
+        self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _finish_current_push(self) -> None:
+        super()._finish_current_push()
+        self._tell_failed_pushes()
+
+    def _tell_failed_pushes(self) -> None:
+        push = getattr(self, "push_in_progress", None)
+        for job in push.jobs if push is not None else []:
+            if job.done() and job.exception() is not None:
+                logger.warning("A checkpoint was not pushed. %s", describe(job.exception(), self.args.hub_token))
 
     # ---- Parts ----
 
@@ -409,6 +567,10 @@ class ModXTrainer(Trainer):
     def _needs_teacher(self) -> bool:
         return any(callback.needs_teacher for callback in self.loss_callbacks)
 
+    @property
+    def _replay(self) -> Replay | None:
+        return replay_of(self.loss_callbacks)
+
     def _remember_phase_start(self) -> None:
         """Take what the loss callbacks need of the weights as they are now, once."""
         if self._needs_teacher and self.teacher is None:
@@ -422,7 +584,7 @@ class ModXTrainer(Trainer):
 
     def _context(self, inputs: dict[str, Tensor], counts: list[int]) -> tuple[LossContext, Tensor | None]:
         """The context of the global batch, and which of the gathered rows belong to it (None: all)."""
-        names = [name for name in ("row_id", "pair_id", "caption_id") if name in inputs]
+        names = [name for name in ("row_id", "pair_id", "caption_id", "caption_index") if name in inputs]
         if names:
             ids = all_gather_rows(torch.stack([inputs[name] for name in names], dim=1), counts)
             ids = dict(zip(names, ids.unbind(dim=1), strict=True))
@@ -430,6 +592,10 @@ class ModXTrainer(Trainer):
             ids = {}
         row_ids = ids.get("row_id", torch.arange(sum(counts), device=inputs["input_ids"].device))
         pair_ids = ids.get("pair_id", row_ids)
+        if self.args.mask_duplicates and "caption_id" not in ids:
+            raise ValueError(
+                "mask_duplicates needs a caption_id (N,) of integers in the batches of your data_collator."
+            )
         if "caption_id" in ids:
             pair_ids = torch.stack([pair_ids, ids["caption_id"]], dim=1)
         # Only a batch that is not full can hold filled-in rows; looking for them costs a synchronisation.
@@ -438,22 +604,106 @@ class ModXTrainer(Trainer):
             kept = _first_occurrences(row_ids)
         if kept is not None:
             row_ids, pair_ids = row_ids[kept], pair_ids[kept]
+            ids = {name: values[kept] for name, values in ids.items()}
+        is_replay, stored = self._replayed(row_ids, ids.get("caption_index"))
         context = LossContext(
             model=self._dual_encoder,
             batch=inputs,
             pair_ids=pair_ids,
             row_ids=row_ids,
+            is_replay=is_replay,
             step=self.state.global_step,
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
             shard=_shard(counts) if world_size() > 1 and kept is None else None,
+            stored=stored,
         )
         return context, kept
+
+    def _replayed(self, row_ids: Tensor, caption_index: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Which rows of the global batch come from the memory, and the embeddings stored with them."""
+        if self.memory is None:
+            return torch.zeros_like(row_ids, dtype=torch.bool), None
+        is_replay = row_ids >= len(self.train_dataset)
+        if self._stored is None or not is_replay.any():
+            return is_replay, None
+        places = row_ids[is_replay] - len(self.train_dataset)
+        return is_replay, self._stored.look_up(places, caption_index[is_replay])
+
+    def _gradients(
+        self, loss: Callable[[PairEmbeddings, LossContext], Tensor], batches: int
+    ) -> Iterator[BatchGradient]:
+        """See `PhaseBoundary`. The model is called unwrapped and may be unprepared: the result is the same."""
+        model = self._dual_encoder
+        was_training = model.training
+        model.eval()
+        try:
+            for inputs in itertools.islice(self._contrastive_batches(), batches):
+                model.zero_grad()
+                context = self._backward(model, inputs, loss)
+                found = {
+                    name: gather_stacked(parameter.grad).mean(dim=0) / self._gradient_scale
+                    for name, parameter in model.named_parameters()
+                    if parameter.grad is not None
+                }
+                model.zero_grad()
+                yield BatchGradient(len(context.row_ids), found)
+        finally:
+            model.train(was_training)
+
+    def _backward(
+        self, model: nn.Module, inputs: dict[str, Tensor], loss: Callable[[PairEmbeddings, LossContext], Tensor]
+    ) -> LossContext:
+        counts = row_counts(inputs["input_ids"])
+        context, kept = self._context(inputs, counts)
+
+        def embed(chunk: Mapping[str, Tensor]) -> PairEmbeddings:
+            with self.accelerator.autocast():
+                found = embed_pairs(model, model, chunk)
+            if self.accelerator.mixed_precision == "no":
+                return found
+            return PairEmbeddings(found.image.float(), found.text.float(), found.logit_scale)
+
+        def loss_of(image: Tensor, text: Tensor) -> Tensor:
+            return loss(_gather(PairEmbeddings(image, text, model.logit_scale.exp()), counts, kept), context)
+
+        size = self.args.gradient_cache_chunk_size
+        if size is None:
+            whole = embed(inputs)
+            self.accelerator.backward(loss_of(whole.image, whole.text))
+        else:
+            GradientCache(size).backward(self.accelerator, model, inputs, embed, loss_of)
+        return context
+
+    def _contrastive_batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch, as those of one optimizer step are held together with the gradient cache."""
+        batches = iter(self.get_train_dataloader())
+        while held := list(itertools.islice(batches, self.args.batches_held)):
+            yield join_batches([_tensors(self._prepare_inputs(batch)) for batch in held], self._pad_token_id)
+
+    @property
+    def _gradient_scale(self) -> float:
+        """What fp16 multiplies the loss by."""
+        return self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
+
+    @property
+    def _pad_token_id(self) -> int:
+        tokenizer = getattr(self.processing_class, "tokenizer", None)
+        return 0 if tokenizer is None else tokenizer.pad_token_id
 
     def _record(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             total, count = self._records.get(name, (torch.zeros((), device=value.device), 0))
             self._records[name] = (total + value.detach(), count + 1)
+
+    def _training_pairs(self) -> PairDataset:
+        """The new pairs, and after them those of the memory."""
+        if self.memory is None:
+            return self._pairs(self.train_dataset)
+        parts = [self.train_dataset, self.memory]
+        columns = [self.args.image_column, self.args.caption_column, self.args.pair_id_column]
+        shared = [column for column in columns if all(column in part.column_names for part in parts)]
+        return self._pairs(concatenate_datasets([part.select_columns(shared) for part in parts]))
 
     def _pairs(self, dataset: Dataset) -> PairDataset:
         return PairDataset(dataset, self.args.image_column, self.args.caption_column, self.args.pair_id_column)
@@ -465,15 +715,9 @@ class ModXTrainer(Trainer):
             self.processing_class,
             self._data_seed,
             self.args.image_augmentation,
-            self._longest_caption(),
+            longest_caption(self._dual_encoder, self.processing_class.tokenizer),
             mask_duplicates,
         )
-
-    def _longest_caption(self) -> int | None:
-        """Tokens that both the tokenizer and the model's position embeddings allow."""
-        config = self._dual_encoder.config.get_text_config()
-        limits = (self.processing_class.tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
-        return min((limit for limit in limits if limit is not None), default=None)
 
     def _refuse_engines(self) -> None:
         """What would be wrong without saying so, or has never been run."""
@@ -483,11 +727,24 @@ class ModXTrainer(Trainer):
                 f"ModXTrainer does not run under {engine}. Use plain data-parallel processes; "
                 "gradient_cache_chunk_size, activation checkpointing, bf16 and LoRA save memory."
             )
+        if self.args.parallelism_config is not None:
+            raise ValueError("ModXTrainer runs with plain data-parallel processes. Leave out parallelism_config.")
+        if self.args.gradient_cache_chunk_size is not None:
+            self._refuse_with_gradient_cache()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"One process would share {self.args.n_gpu} GPUs among replicas that do not see each other's pairs. "
                 "Start one process for each GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one."
             )
+
+    def _refuse_with_gradient_cache(self) -> None:
+        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
+        if "layerwise" in optimizer or "lomo" in optimizer:
+            raise ValueError(
+                f"optim={optimizer!r} steps in the backward pass, which gradient_cache_chunk_size repeats."
+            )
+        if getattr(self.args, "ddp_static_graph", False):
+            raise ValueError("ddp_static_graph does not go with gradient_cache_chunk_size: leave one of them out.")
 
     def _check_data(self) -> None:
         """All that can be told of the data without decoding them, before hours are spent."""
@@ -524,6 +781,72 @@ class ModXTrainer(Trainer):
                 getattr(model, tower).requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """This process's batch, ready for the forward pass.
+
+    Attributes:
+        inputs: the batch, with the extra images and texts below its own.
+        token_embeds: the extra texts that are given as token embeddings; None: there are none.
+        counts: pairs of every process.
+        kept: which of the gathered pairs belong to the global batch; None: all.
+        context: of the global batch.
+        extra: how many images and texts each callback has added.
+    """
+
+    inputs: dict[str, Tensor]
+    token_embeds: Tensor | None
+    counts: list[int]
+    kept: Tensor | None
+    context: LossContext
+    extra: dict[LossCallback, tuple[int, int]]
+
+    def pairs(self, local: PairEmbeddings) -> PairEmbeddings:
+        """The embeddings without those of the extra inputs."""
+        rows = len(self.context.batch["input_ids"])
+        return PairEmbeddings(local.image[:rows], local.text[:rows], local.logit_scale)
+
+    def gather_extra(self, local: PairEmbeddings) -> dict[LossCallback, ExtraEmbeddings]:
+        """The embeddings of the extra inputs, from all processes with gradient."""
+        found = {}
+        image_at = text_at = len(self.context.batch["input_ids"])
+        for callback, (images, texts) in self.extra.items():
+            image, text = local.image[image_at : image_at + images], local.text[text_at : text_at + texts]
+            found[callback] = ExtraEmbeddings(_gather_some(image), _gather_some(text))
+            image_at, text_at = image_at + images, text_at + texts
+        return found
+
+
+def _joined(inputs: dict[str, Tensor], extra: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
+    """The batch with the extra images below its images and the extra texts below its texts."""
+    joined = dict(inputs)
+    for names in (("pixel_values",), ("input_ids", "attention_mask")):
+        parts = [{name: part[name] for name in names} for part in (inputs, *extra) if names[0] in part]
+        joined.update(join_batches(parts, pad_token_id))
+    return joined
+
+
+def _given_texts(inputs: Mapping[str, Tensor], extra: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor | None, Tensor]:
+    """The extra texts that are given as token embeddings, and for each text of the joined batch which of them it is,
+    or -1."""
+    given = [part["token_embeds"] for part in extra if "token_embeds" in part]
+    rows = [torch.full((len(inputs["input_ids"]),), -1)]
+    before = 0
+    for part in extra:
+        texts = len(part.get("input_ids", ()))
+        rows.append(torch.arange(before, before + texts) if "token_embeds" in part else torch.full((texts,), -1))
+        before += texts if "token_embeds" in part else 0
+    width = max((part.shape[1] for part in given), default=0)
+    padded = [nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in given]
+    return torch.cat(padded) if padded else None, torch.cat(rows).to(inputs["input_ids"].device)
+
+
+def _gather_some(rows: Tensor) -> Tensor:
+    """`all_gather_rows` of what may be nothing everywhere."""
+    counts = row_counts(rows)
+    return all_gather_rows(rows, counts) if any(counts) else rows
+
+
 def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> PairEmbeddings:
     """The embeddings of the global batch, in one exchange."""
     width = local.image.shape[1]
@@ -531,6 +854,11 @@ def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> Pa
     if kept is not None:
         both = both[kept]
     return PairEmbeddings(both[:, :width], both[:, width:], local.logit_scale)
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A batch without what a collator may add for the model's own loss, as `return_loss`."""
+    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
 
 
 def _shard(counts: list[int]) -> Shard:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -11,7 +12,8 @@ class ModXTrainingArguments(TrainingArguments):
     """`TrainingArguments` with what image-caption pairs and two towers need.
 
     Steps and epochs are per phase. The defaults of the optimizer are those of the Mod-X code (AdamW, weight decay 0.1,
-    20 % linear warm-up, cosine), except the learning rate, which suits a pretrained start of a few epochs.
+    20 % linear warm-up, cosine), except the learning rate, which suits a pretrained start of a few epochs. What is
+    pushed to the Hub is private unless `hub_private_repo` is False, and the token is in no pickle of the arguments.
 
     Raises:
         ValueError: a value out of its range, named with the remedy.
@@ -52,6 +54,13 @@ class ModXTrainingArguments(TrainingArguments):
             "choices": ["auto", "memory", "disk", "off"],
         },
     )
+    image_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which ContinualRun keeps every image as the processor resizes and crops it, 3 x height "
+            "x width bytes each; training then only rescales and normalises. Can be shared by runs."
+        },
+    )
     bad_samples: str = field(
         default="error",
         metadata={
@@ -85,6 +94,20 @@ class ModXTrainingArguments(TrainingArguments):
         default=100.0, metadata={"help": "The factor on the cosines is clamped to [1, this] after every step."}
     )
 
+    resume_from_hub: bool = field(
+        default=False,
+        metadata={
+            "help": "With push_to_hub: where the folder has no checkpoint of the phase that comes next, ContinualRun "
+            "goes on from the one that --hub_strategy checkpoint has published."
+        },
+    )
+    hub_collection: str | None = field(
+        default=None,
+        metadata={
+            "help": "With push_to_hub: title of the collection that gets the repository and the stream's data sets."
+        },
+    )
+
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of the optimizer."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of matrices."})
     warmup_steps: float = field(
@@ -110,6 +133,11 @@ class ModXTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.bad_samples not in ("error", "skip"):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
+        if self.hub_private_repo is None:
+            self.hub_private_repo = True
+        for name in ("resume_from_hub", "hub_collection"):
+            if getattr(self, name) and not self.push_to_hub:
+                raise ValueError(f"{name} needs push_to_hub.")
         if self.image_augmentation not in ("none", "affine_color"):
             raise ValueError(f"image_augmentation must be 'none' or 'affine_color', got {self.image_augmentation!r}.")
         if self.teacher_cache not in ("auto", "memory", "disk", "off"):
@@ -121,8 +149,17 @@ class ModXTrainingArguments(TrainingArguments):
             )
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(f"gradient_cache_chunk_size must be at least 1, got {self.gradient_cache_chunk_size}.")
-        if self.max_logit_scale < 1:
+        if not self.max_logit_scale >= 1:
             raise ValueError(f"max_logit_scale must be at least 1, got {self.max_logit_scale}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The stock Trainer pickles its arguments beside every model, and pushes them with it.
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self) -> "ModXTrainingArguments":
+        same = object.__new__(type(self))
+        same.__dict__.update(self.__dict__)
+        return same
 
     @property
     def max_log_logit_scale(self) -> float:

@@ -129,6 +129,43 @@ def test_processes_chunks_and_accumulation_train_the_same_weights(tmp_path, one_
             assert largest_difference(reference, ranks[0]) < tolerance, (name, rows)
 
 
+class OwnCollator:
+    """A user's: it knows of no rows."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, items):
+        captions = [item["caption"][0] for item in items]
+        images = [item["image"] for item in items]
+        batch = dict(self.processor(text=captions, images=images, padding=True, return_tensors="pt"))
+        return {**batch, "pixel_values": batch["pixel_values"].double()}
+
+
+def train_with_own_collator(folder, batch_size, rows):
+    processor = tiny_processor()
+    trainer = ModXTrainer(
+        model=tiny_clip(processor).double(),
+        args=arguments(folder, batch_size, dataloader_drop_last=False),
+        data_collator=OwnCollator(processor),
+        train_dataset=tiny_pairs(rows),
+        processing_class=processor,
+        loss_callbacks="modx",
+    )
+    trainer.train()
+    save_file(trainer.model.state_dict(), f"{folder}/rank-{trainer.args.process_index}.safetensors")
+
+
+@pytest.mark.parametrize("rows", [3, 9])
+def test_collator_of_ones_own_is_exact_too(tmp_path, rows):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    launch(1, train_with_own_collator, tmp_path / "one", 8, rows)
+    launch(2, train_with_own_collator, tmp_path / "two", 4, rows)
+    files = [tmp_path / run / "rank-0.safetensors" for run in ("one", "two")]
+    assert largest_difference(*files) < 1e-9
+
+
 @pytest.mark.parametrize("mode", ["memory", "disk"])
 def test_cached_teacher_trains_the_weights_of_a_live_one(tmp_path, mode):
     (tmp_path / "one").mkdir()

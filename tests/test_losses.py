@@ -636,3 +636,36 @@ def test_gradient_in_single_precision_is_as_exact_as_autograd():
     found, exact = batch.gradients(batch.modx().loss), double.gradients(double.modx().loss)
     for single, wanted in zip(found, exact, strict=True):
         assert (single.double() - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("scale", [31.0, 100.0])
+def test_single_precision_stands_the_largest_scale(scale):
+    batch, double = Batch(rows=60, dtype=torch.float32), Batch(rows=60)
+    batch.scale, double.scale = (
+        torch.tensor(scale, dtype=each.images.dtype, requires_grad=True) for each in (batch, double)
+    )
+    found = batch.gradients(batch.modx(chunk_size=7, distill_scale=scale / 2, alpha=0.1).loss)
+    exact = double.gradients(double.modx(distill_scale=scale / 2, alpha=0.1).loss)
+    for single, wanted in zip(found, exact, strict=True):
+        assert (single.double() - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_ids_of_which_one_kind_never_repeats_still_count():
+    batch = Batch()
+    unique = torch.stack([torch.arange(N), IDS], dim=1)
+    torch.testing.assert_close(batch.modx(pair_ids=unique).loss, batch.modx(pair_ids=IDS).loss, **EXACT)
+    assert batch.modx(pair_ids=unique).loss != batch.modx().loss
+
+
+def test_second_derivatives_are_refused():
+    batch = Batch()
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(batch.modx().loss, batch.images, create_graph=True)
+
+
+def test_scale_may_have_one_element():
+    batch = Batch()
+    one = batch.scale.detach()[None].requires_grad_()
+    info_nce(batch.images, batch.texts, one).backward()
+    expected = batch.gradients(info_nce(batch.images, batch.texts, batch.scale))[2]
+    torch.testing.assert_close(one.grad, expected[None], **EXACT)

@@ -315,6 +315,15 @@ def test_cache_of_something_else_is_not_used(processor, dataset, collator, accel
     assert second.folder != first.folder
 
 
+def test_saved_processor_is_the_same_processor(processor, model, dataset, accelerator, tmp_path):
+    used = tiny_processor()
+    first = build(live_teacher(model, accelerator), dataset, PairCollator(used), accelerator, tmp_path / "cache")
+    used.save_pretrained(tmp_path / "saved")
+    again = counting_teacher(model, accelerator)
+    second = build(again, dataset, PairCollator(used), accelerator, tmp_path / "cache")
+    assert second.folder == first.folder and again.images == 0
+
+
 def test_removing_leaves_nothing_behind_and_what_is_open_readable(model, dataset, collator, accelerator, tmp_path):
     folder = tmp_path / "teacher_cache"
     live = live_teacher(model, accelerator)

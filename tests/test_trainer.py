@@ -514,3 +514,70 @@ def test_several_gpus_in_one_process_are_refused(model, make_args, processor, pa
     args._n_gpu = 2
     with pytest.raises(ValueError, match="Start one process for each GPU"):
         ModXTrainer(model=model, args=args, train_dataset=pairs, processing_class=processor)
+
+
+class OwnCollator:
+    """A user's, in the manner of the example scripts: with a flag for the model's own loss."""
+
+    def __init__(self, processor):
+        self.processor = processor
+
+    def __call__(self, items):
+        captions = [item["caption"][0] for item in items]
+        batch = self.processor(
+            text=captions, images=[item["image"] for item in items], padding=True, return_tensors="pt"
+        )
+        return {**batch, "return_loss": True}
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_collator_with_a_flag_for_the_models_own_loss(model, make_args, processor, pairs, chunk):
+    args = make_args(max_steps=2, gradient_cache_chunk_size=chunk)
+    trainer = train(model, args, processor, pairs, data_collator=OwnCollator(processor))
+    assert len(logged(trainer, "modx_distillation")) == 2
+
+
+def test_masking_of_duplicates_needs_ids_of_an_own_collator(model, make_args, processor, pairs):
+    with pytest.raises(ValueError, match="mask_duplicates needs a caption_id"):
+        train(model, make_args(mask_duplicates=True), processor, pairs, data_collator=OwnCollator(processor))
+
+
+def test_equal_captions_of_different_ids_are_no_negatives_when_asked(model, make_args, processor, pairs):
+    same = pairs.map(lambda row: {"caption": ["a red bar"]})
+    losses = {
+        masked: logged(
+            train(copy.deepcopy(model), make_args(max_steps=1, mask_duplicates=masked), processor, same, "finetune"),
+            "contrastive",
+        )[0]
+        for masked in (False, True)
+    }
+    assert losses[True] == pytest.approx(0, abs=1e-5)
+    assert losses[False] > 1
+
+
+def test_data_set_cannot_be_swapped_under_a_cached_teacher(model, make_args, processor, pairs):
+    trainer = train(model, make_args(teacher_cache="memory", max_steps=2), processor, pairs)
+    trainer.train()
+    trainer.train_dataset = pairs.select(range(20))
+    with pytest.raises(ValueError, match="train_dataset is another one"):
+        trainer.train()
+
+
+def test_transform_of_the_data_set_is_refused_as_it_would_be_lost(model, make_args, processor, pairs):
+    with pytest.raises(ValueError, match="has a transform"):
+        train(model, make_args(), processor, pairs.with_transform(lambda rows: rows))
+
+
+def test_term_that_is_no_scalar_is_named(model, make_args, processor, pairs):
+    class Wrong(LossCallback):
+        def loss_terms(self, student, teacher, context):
+            return {"wrong": 1.0}
+
+    with pytest.raises(TypeError, match="Wrong gives 'wrong'"):
+        train(model, make_args(), processor, pairs, [Contrastive(), Wrong()])
+
+
+def test_optimizer_that_steps_in_the_backward_pass_is_refused_with_the_cache(model, make_args, processor, pairs):
+    args = make_args(gradient_cache_chunk_size=4, optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="steps in the backward pass"):
+        ModXTrainer(model=model, args=args, train_dataset=pairs, processing_class=processor)

@@ -1,13 +1,31 @@
 """The interface of everything a recipe is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..data import PairCollator
 from ..embeddings import PairEmbeddings
 from ..losses import Shard
+from ..replay import Replay
+from ..training_args import ModXTrainingArguments
+
+
+class ExtraEmbeddings(NamedTuple):
+    """What the model makes of a callback's extra inputs, of all processes in the order of the ranks; with gradient.
+
+    Attributes:
+        image: (E, D), unit-norm rows.
+        text: (M, D), unit-norm rows; E and M have nothing to do with each other.
+    """
+
+    image: Tensor
+    text: Tensor
 
 
 @dataclass(frozen=True)
@@ -19,28 +37,76 @@ class LossContext:
         batch: this process's batch as the collator made it.
         pair_ids: (N,) or (N, K) int64, global, in the order of the embeddings' rows. Different rows that agree in an
             id are no negatives of each other.
-        row_ids: (N,) int64, global: the rows of the training set.
+        row_ids: (N,) int64, global: the rows of the training set, those of the memory after the new ones.
+        is_replay: (N,) bool, global: which rows come from the replay memory.
         step: optimizer steps done in this phase.
         epoch: the epoch, with fraction.
         shard: the rows that this process computes of the losses in `hf_modx.losses`, passed on to them; a loss
             without it is computed whole on every process, which is as exact. None: there is nothing to share.
         phase_start: the trainable weights at the start of the phase by parameter name, detached and never changed;
             empty unless some callback of the recipe needs them.
+        stored: of the R replayed rows the (R, D) image and (R, D) text embeddings that are stored with them, in their
+            order; None where there are none.
+        extra: the embeddings of the extra inputs of the callback that is asked; None where it has none.
     """
 
     model: nn.Module
     batch: Mapping[str, Tensor]
     pair_ids: Tensor
     row_ids: Tensor
+    is_replay: Tensor
     step: int
     epoch: float
     phase_start: Mapping[str, Tensor]
     shard: Shard | None = None
+    stored: tuple[Tensor, Tensor] | None = None
+    extra: ExtraEmbeddings | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def report(self, name: str, value: Tensor) -> None:
         """Log a scalar beside the loss terms, averaged over the steps between two log lines."""
         self.metrics[name] = value.detach()
+
+
+class BatchGradient(NamedTuple):
+    """The gradient of a loss on one contrastive batch.
+
+    Attributes:
+        pairs: N, the pairs of the batch on all processes.
+        gradient: by the names of the trainable weights; those that the loss does not reach are left out.
+    """
+
+    pairs: int
+    gradient: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PhaseBoundary:
+    """What a loss callback may use before the first and after the last step of a phase.
+
+    Attributes:
+        model: the unwrapped model on its device. At the start as the phase before has left it; at the end as the last
+            step has left it, and a callback that `owns_weights` may change it.
+        phase_start: see `LossContext`.
+        train_dataset: the pairs of the phase.
+        memory: the earlier pairs that are replayed; None where there are none.
+        collator: its `pixel_values(images)` and `tokens(captions)` preprocess as evaluation does, without
+            augmentation; None where a `data_collator` of the user's has taken its place.
+        args: of the training.
+        autocast: makes the context in which the training runs the model.
+        gradients: `gradients(loss, batches)` goes through so many contrastive batches of the training, at most one
+            pass, and yields the gradient of `loss(student, context)` on each, where student and context are those of
+            `LossCallback.loss_terms`. The model is in eval mode; every process gets the same gradients.
+    """
+
+    model: nn.Module
+    phase_start: Mapping[str, Tensor]
+    train_dataset: Dataset | None
+    memory: Dataset | None
+    collator: PairCollator | None
+    args: ModXTrainingArguments
+    autocast: Callable[[], AbstractContextManager]
+    gradients: Callable[[Callable[[PairEmbeddings, LossContext], Tensor], int], Iterator[BatchGradient]]
 
 
 class LossCallback(TrainerCallback):
@@ -54,16 +120,27 @@ class LossCallback(TrainerCallback):
         needs_teacher: the Trainer must provide the old model's embeddings.
         needs_phase_start: the Trainer must keep a copy of the trainable weights from the start of the phase.
         owns_contrastive: the callback brings the contrastive term. A recipe has exactly one owner.
+        yields_contrastive: where recipes are combined by name, it leaves the contrastive term to another owner.
+        owns_weights: the callback decides at the end of a phase which weights the phase leaves. At most one does.
+        trains: False trains nothing at all.
         trains_on: "phase", or "all_phases_so_far" to train on the union of all data up to this phase.
         starts_from: "previous" phase's weights, or "base": the weights before the first phase, trained for the summed
             steps of all phases so far.
+        replay: what of earlier phases is to be mixed into the batches; None: nothing.
+        learns_from_base: `finish_phase` wants to be called for the stream's base too, as if it were a phase that the
+            start model has just learned.
     """
 
     needs_teacher: bool = False
     needs_phase_start: bool = False
     owns_contrastive: bool = False
+    yields_contrastive: bool = False
+    owns_weights: bool = False
+    trains: bool = True
     trains_on: str = "phase"
     starts_from: str = "previous"
+    replay: Replay | None = None
+    learns_from_base: bool = False
 
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
@@ -78,23 +155,87 @@ class LossCallback(TrainerCallback):
         """
         return {}
 
+    def extra_inputs(self, context: LossContext) -> Mapping[str, Tensor]:
+        """What the model is to embed beside the batch, in the same forward pass: this process's share of it.
+
+        The shares of all processes, in the order of the ranks, come back embedded in `context.extra`. A share may be
+        empty on one process and not on another.
+
+        Returns:
+            `pixel_values` (e, C, H, W), or `input_ids` and `attention_mask` (t, T), or both; empty for nothing. With
+            `token_embeds` (t, T, H) the texts are given as token embeddings, and their ids say where they end.
+        """
+        return {}
+
+    def start_run(self, base: Dataset | None) -> None:
+        """Called by `ContinualRun`, once in each process's life, with the pairs that the start model has learned;
+        None where the stream has no base.
+
+        Raises:
+            ValueError: the callback cannot do without; told before anything is trained.
+        """
+
+    def start_phase(self, phase: PhaseBoundary) -> None:
+        """Called before the first step, and before what an interrupted phase has left is loaded."""
+
+    def finish_phase(self, phase: PhaseBoundary) -> None:
+        """Called after the last step, before the weights are saved and evaluated; first of all callbacks the one that
+        `owns_weights`. Called again, from the last checkpoint, where a run was interrupted in between."""
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that must survive an interruption; saved with every Trainer checkpoint."""
+        """Tensors that must survive an interruption, and from phase to phase; saved with every Trainer checkpoint and
+        after every phase."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` returned."""
+        """Take back what `state_dict` returned. An empty dict stands for a callback that has seen nothing yet."""
 
 
-def check_recipe(callbacks: list[LossCallback]) -> None:
-    """Raise a ValueError unless exactly one callback owns the contrastive term."""
-    owners = [type(callback).__name__ for callback in callbacks if callback.owns_contrastive]
-    if len(owners) == 1:
+def pack_states(callbacks: Sequence[LossCallback]) -> dict[str, Tensor]:
+    """The states of all callbacks as one dict that safetensors can save."""
+    return {
+        f"{_prefix(index, callback)}{name}": tensor.detach().cpu().contiguous()
+        for index, callback in enumerate(callbacks)
+        for name, tensor in callback.state_dict().items()
+    }
+
+
+def unpack_states(callbacks: Sequence[LossCallback], packed: Mapping[str, Tensor]) -> None:
+    """Give the callbacks of the same recipe their states back; those that have none in it become as new."""
+    for index, callback in enumerate(callbacks):
+        prefix = _prefix(index, callback)
+        own = {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}
+        callback.load_state_dict(own)
+
+
+def _prefix(index: int, callback: LossCallback) -> str:
+    return f"{index}.{type(callback).__name__}."
+
+
+def check_recipe(callbacks: Sequence[LossCallback]) -> None:
+    """Raise a ValueError unless the callbacks go together: exactly one brings the contrastive term, at most one
+    decides on the weights, and one that trains nothing is alone."""
+    names = [type(callback).__name__ for callback in callbacks]
+    frozen = [type(callback).__name__ for callback in callbacks if not callback.trains]
+    if frozen and len(callbacks) > 1:
+        others = [name for name in names if name != frozen[0]]
+        raise ValueError(f"{frozen[0]} trains nothing: {', '.join(others)} would have no effect. Leave one out.")
+    if frozen:
         return
-    names = ", ".join(type(callback).__name__ for callback in callbacks) or "nothing"
-    if owners:
+    owners = [type(callback).__name__ for callback in callbacks if callback.owns_weights]
+    if len(owners) > 1:
+        raise ValueError(
+            f"{' and '.join(owners)} each decide which weights a phase leaves: one would overwrite the other's. Keep "
+            "one."
+        )
+    owners = [type(callback).__name__ for callback in callbacks if callback.owns_contrastive]
+    if len(owners) > 1:
         raise ValueError(
             f"{' and '.join(owners)} each bring the contrastive term, so it would count {len(owners)} times. Keep "
             "one, or write ModX(contrastive=False) beside another owner."
         )
-    raise ValueError(f"No callback of the recipe ({names}) brings the contrastive term. Add Contrastive().")
+    if not owners:
+        raise ValueError(
+            f"No callback of the recipe ({', '.join(names) or 'nothing'}) brings the contrastive term. Add "
+            "Contrastive()."
+        )

@@ -1,4 +1,4 @@
-"""Plain contrastive fine-tuning, and the upper bound that trains on everything."""
+"""Plain contrastive fine-tuning, on the new data or on all data so far."""
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ class Contrastive(LossCallback):
     """
 
     owns_contrastive = True
+    yields_contrastive = True
 
     def __init__(self, chunk_size: int | None = None):
         self.chunk_size = chunk_size
@@ -33,6 +34,18 @@ class Contrastive(LossCallback):
         return {"contrastive": loss}
 
 
+class Cumulative(Contrastive):
+    """Go on from the previous phase's weights on the union of all data so far, for the steps of ONE phase: all old
+    data replayed at the price of plain fine-tuning (Garg et al., "TiC-CLIP: Continual Training of CLIP Models", ICLR
+    2024: Cumulative-All).
+
+    Where the stream has a base, its pairs are among the data.
+    """
+
+    yields_contrastive = False
+    trains_on = "all_phases_so_far"
+
+
 class Joint(Contrastive):
     """The upper bound: from the base model on the union of all data so far, for the summed steps of the phases.
 
@@ -40,5 +53,6 @@ class Joint(Contrastive):
     at a price that continual learning does not pay.
     """
 
+    yields_contrastive = False
     trains_on = "all_phases_so_far"
     starts_from = "base"

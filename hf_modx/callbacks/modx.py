@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
-from ..losses import affinity_distillation, modx_loss
+from ..losses import affinity_distillation, info_nce, modx_loss
 from .base import LossCallback, LossContext
 
 logger = logging.getLogger(__name__)
@@ -23,6 +23,8 @@ class ModX(LossCallback):
         distill_scale: factor on the cosines inside the distillation softmax (1.0 in the authors' code).
         reduction: "sum" (the authors' code) or "mean" over the rows of the global batch.
         contrastive: also bring InfoNCE. False beside another owner of the contrastive term.
+        screen: False distils every row, also those that the old model has wrong: the recipe "kl". Two passes over the
+            similarity matrix instead of one.
         chunk_size: rows of the similarity matrices held at once; None chooses.
 
     Logs `contrastive`, `modx_distillation` (weighted) and the fractions `image_rows_kept` and `text_rows_kept` of rows
@@ -37,6 +39,7 @@ class ModX(LossCallback):
         distill_scale: float = 1.0,
         reduction: str = "sum",
         contrastive: bool = True,
+        screen: bool = True,
         chunk_size: int | None = None,
     ):
         if alpha < 0:
@@ -47,6 +50,7 @@ class ModX(LossCallback):
         self.owns_contrastive = contrastive
         self.distill_scale = distill_scale
         self.reduction = reduction
+        self.screen = screen
         self.chunk_size = chunk_size
         self._start_counting()
 
@@ -54,19 +58,16 @@ class ModX(LossCallback):
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
-        options = {
-            "distill_scale": self.distill_scale,
-            "reduction": self.reduction,
-            "pair_ids": context.pair_ids,
-            "chunk_size": self.chunk_size,
-            "shard": context.shard,
-        }
-        if self.owns_contrastive:
-            result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **options)
+        rows = {"pair_ids": context.pair_ids, "chunk_size": self.chunk_size, "shard": context.shard}
+        distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
+        if self.owns_contrastive and self.screen:
+            result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **distillation, **rows)
             terms = {"contrastive": result.contrastive, "modx_distillation": self.alpha * result.distillation}
         else:
-            result = affinity_distillation(*embeds, **options)
+            result = affinity_distillation(*embeds, screen=self.screen, **distillation, **rows)
             terms = {"modx_distillation": self.alpha * result.loss}
+            if self.owns_contrastive:
+                terms["contrastive"] = info_nce(student.image, student.text, student.logit_scale, **rows)
         context.report("image_rows_kept", result.image_rows_kept)
         context.report("text_rows_kept", result.text_rows_kept)
         self._kept = self._kept + (result.image_rows_kept + result.text_rows_kept).detach() / 2

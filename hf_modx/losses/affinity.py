@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Stands for "this column is not a candidate". Finite, so that a masked column times a probability of zero is zero
 # and not NaN; far below any logit, so that its probability underflows to exactly zero.
@@ -71,6 +70,7 @@ def affinity_losses(
     *,
     distill_scale: float = 1.0,
     screen: bool = True,
+    rows: Tensor | None = None,
     pair_ids: Tensor | None = None,
     chunk_size: int | None = None,
     shard: Shard | None = None,
@@ -85,13 +85,14 @@ def affinity_losses(
         old_images, old_texts: (N, D') and (C, D') of the old model. None: no distillation (a zero).
         distill_scale: factor on the cosines in the distillation, > 0.
         screen: keep only rows that the old model gets right.
+        rows: (N,) bool, the pairs whose rows the distillation may keep; None: all. The others stay candidates.
         pair_ids: (N,) or (N, K) integers. Two rows that agree in any of the K ids are no candidates of each other.
         chunk_size: rows of a block. None chooses.
         shard: the rows of this process; None: all.
     """
     if scale is not None:
-        scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device)
-    settings = _Settings(distill_scale, screen, _repeated(pair_ids), _block_rows(texts, chunk_size), shard)
+        scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device).reshape(())
+    settings = _Settings(distill_scale, screen, rows, _repeated(pair_ids), _block_rows(texts, chunk_size), shard)
     return AffinityLosses(*_AffinityLosses.apply(images, texts, scale, old_images, old_texts, settings))
 
 
@@ -99,6 +100,7 @@ def affinity_losses(
 class _Settings:
     distill_scale: float
     screen: bool
+    distilled: Tensor | None
     pair_ids: Tensor | None
     block_rows: int
     shard: Shard | None
@@ -134,6 +136,8 @@ class _AffinityLosses(torch.autograd.Function):
         if distills:
             kept = [usable_side & side for usable_side, side in zip(usable, old.own_is_highest(), strict=True)]
             kept = kept if settings.screen else usable
+            if settings.distilled is not None:
+                kept = [side & settings.distilled for side in kept]
             sums[1] = _divergence(old, soft, kept, rows)
             sums[2:] = torch.stack([side[rows].sum() for side in kept])
             soft.keep(kept)
@@ -148,8 +152,11 @@ class _AffinityLosses(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, contrastive_grad, distillation_grad, *_):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "The gradient of these losses cannot be differentiated again (create_graph=True)."
+            )
         images, texts, old_images, old_texts = ctx.saved_tensors
         settings, (sharp, soft, old) = ctx.settings, ctx.softmaxes
         processes = 1 if settings.shard is None else settings.shard.processes

@@ -1,7 +1,9 @@
 """Distillation of the similarity matrix: the new model's rows of cosines follow the old model's."""
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .affinity import Shard, affinity_losses
@@ -32,6 +34,7 @@ def affinity_distillation(
     distill_scale: float = 1.0,
     reduction: str = "sum",
     screen: bool = True,
+    rows: Tensor | None = None,
     pair_ids: Tensor | None = None,
     extra_text_embeds: Tensor | None = None,
     teacher_extra_text_embeds: Tensor | None = None,
@@ -57,6 +60,8 @@ def affinity_distillation(
         distill_scale: the factor c on the cosines inside the softmax, > 0.
         reduction: "sum" over rows, or "mean", which divides by N (not by the number of kept rows).
         screen: False keeps every row.
+        rows: (N,) bool: only these pairs are distilled, in both directions; the others stay candidates. N is then
+            their number. None: all.
         pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no candidates, in screening and in both
             softmaxes.
         extra_text_embeds, teacher_extra_text_embeds: (M, D) and (M, D'): further candidates of every image, for
@@ -69,6 +74,8 @@ def affinity_distillation(
     """
     check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
     check_pairs(image_embeds, text_embeds, pair_ids)
+    if rows is not None and (rows.shape != image_embeds.shape[:1] or rows.dtype != torch.bool):
+        raise ValueError(f"rows must be {len(image_embeds)} booleans, got {rows.dtype} of shape {tuple(rows.shape)}.")
     texts = with_extra(text_embeds, extra_text_embeds)
     teacher_texts = with_extra(teacher_text_embeds, teacher_extra_text_embeds)
     if len(texts) != len(teacher_texts):
@@ -82,11 +89,12 @@ def affinity_distillation(
             upcast(teacher_texts.detach()),
             distill_scale=distill_scale,
             screen=screen,
+            rows=rows,
             pair_ids=pair_ids,
             chunk_size=chunk_size,
             shard=shard,
         )
-    number = len(image_embeds)
+    number = len(image_embeds) if rows is None else rows.sum().clamp(min=1)
     loss = losses.distillation / number if reduction == "mean" else losses.distillation
     return AffinityDistillation(loss, losses.image_rows_kept / number, losses.text_rows_kept / number)
 
@@ -109,5 +117,5 @@ def check_distillation(
         )
     if reduction not in ("sum", "mean"):
         raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}.')
-    if not distill_scale > 0:
-        raise ValueError(f"distill_scale must be positive, got {distill_scale}.")
+    if not 0 < distill_scale < math.inf:
+        raise ValueError(f"distill_scale must be positive and finite, got {distill_scale}.")

@@ -1,0 +1,70 @@
+"""The mean of the weights along the way."""
+
+import torch
+from torch import Tensor, nn
+
+from .base import LossCallback, PhaseBoundary
+
+
+class WeightEnsemble(LossCallback):
+    """The uniform mean of the weights along a phase, which is what the phase leaves (Zheng et al., "Preventing
+    Zero-Shot Transfer Degradation in Continual Learning of Vision-Language Models", ICCV 2023, details as in the
+    authors' code).
+
+    The mean begins with the weights at the start of the phase; after the optimizer steps number 0, every, 2 every, ...
+    the weights join it: `mean <- (n mean + theta) / (n + 1)` for the n-th of them. Training itself goes on from the
+    weights as they are, and an evaluation in the middle of a phase sees those; the mean is what is saved, evaluated
+    and learned on from at its end.
+
+    Args:
+        every: optimizer steps between two that join, >= 1. 100 in the authors' code for 1,000 steps a phase, 10 in
+            their class-incremental one.
+
+    Raises:
+        ValueError: with `load_best_model_at_end`, whose weights would be thrown away.
+    """
+
+    owns_weights = True
+
+    def __init__(self, every: int = 100):
+        if every < 1:
+            raise ValueError(f"Weights join the ensemble every so many steps, at least 1, got {every}.")
+        self.every = every
+        self._mean: dict[str, Tensor] = {}
+        self._joined = 0
+
+    @torch.no_grad()
+    def start_phase(self, phase: PhaseBoundary) -> None:
+        if phase.args.load_best_model_at_end:
+            raise ValueError(
+                "WeightEnsemble leaves a mean of weights, not the best ones: unset load_best_model_at_end."
+            )
+        self._mean = {name: weight.detach().clone() for name, weight in _trainable(phase.model).items()}
+        self._joined = 0
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model: nn.Module = None, **kwargs):
+        if (state.global_step - 1) % self.every != 0:
+            return
+        self._joined += 1
+        for name, weight in _trainable(model).items():
+            mean = self._mean[name].to(weight.device)
+            self._mean[name] = (self._joined * mean + weight) / (self._joined + 1)
+
+    @torch.no_grad()
+    def finish_phase(self, phase: PhaseBoundary) -> None:
+        weights = dict(phase.model.named_parameters())
+        for name, mean in self._mean.items():
+            weights[name].copy_(mean)
+        self._mean = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**self._mean, "joined": torch.tensor(self._joined)} if self._mean else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._mean = dict(state)
+        self._joined = int(self._mean.pop("joined", 0))
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
