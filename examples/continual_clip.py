@@ -139,8 +139,9 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         unpublished, matrix = error, run.matrix()
     if args.process_index == 0:
         print(report(run, matrix))
+        if unpublished is not None:
+            print(unpublished, file=sys.stderr)
     if unpublished is not None:
-        print(unpublished, file=sys.stderr)
         raise SystemExit(UNPUBLISHED)
     return matrix
 

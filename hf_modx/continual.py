@@ -492,8 +492,9 @@ class ContinualRun:
         """All finished phases as they are to be published, each with the results as they were after it."""
         revisions = []
         for number in range(len(self._rows)):
-            title = f"Phase {number}: {self.stream.phases[number - 1].name}" if number else "Before the first phase"
-            parent = self._parent(number) if number else None
+            title, parent = "Before the first phase", None
+            if number:
+                title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
             record = {**self._record(), "phase": number}
             revisions.append(self.hub.revision(number, parent, title, run=record, results=self._results(number)))
         return revisions

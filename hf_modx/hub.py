@@ -125,6 +125,7 @@ class HubPublisher:
         self.missing: tuple[str, ...] = ()
         self.reason = ""
         self._main: str | None = None  # the head of main as this writer knows it; None: not its writer yet
+        self._main_phase: int | None = None  # whose files it holds
         self._claim: dict[str, Any] = {}
         self._lock: FileLock | None = None
         self._has_access = False
@@ -209,7 +210,8 @@ class HubPublisher:
         self.on_hub = _complete(tags)
         self._refuse_others(found, record, is_new, {*heads, *tags} - {"main"}, heads["main"])
         if found is not None:
-            record = {**record, "run_id": found["run_id"], "phase": found.get("phase")}
+            self._main_phase = found.get("phase")
+            record = {**record, "run_id": found["run_id"], "phase": self._main_phase}
         self._claim = {"record": record, "is_new": is_new}
         self._main = heads["main"]  # from here on a head that this writer has not made is another one's
         if found is None:
@@ -218,7 +220,6 @@ class HubPublisher:
             )
         elif not _is_writer(record, found):
             self._bring("main", {RECORD: as_json(record).encode()}, "The run goes on", None)
-            self._known = {**self._known, "main": {"phase": record["phase"], "commit": self._main}}
 
     def _refuse_others(self, found, record, is_new: bool, references: Iterable[str], head: str) -> None:
         other = "Choose another hub_model_id."
@@ -271,7 +272,8 @@ class HubPublisher:
         except HubError as error:
             phases = [revision.branch for revision in revisions if revision.number not in self.published]
             self.missing, self.reason = (*phases, "main"), str(error)
-            logger.warning("Not published to %s: %s. It is tried again. %s", self.repo_id, ", ".join(phases), error)
+            listed = ", ".join(self.missing)
+            logger.warning("Not published to %s: %s. It is tried again. %s", self.repo_id, listed, error)
         return self.missing
 
     def _publish_phase(self, revision: Revision) -> None:
@@ -310,10 +312,10 @@ class HubPublisher:
             raise RepositoryConflict(self._overtaken())
 
     def _publish_main(self, revision: Revision) -> None:
-        if self._known.get("main") == {"phase": revision.number, "commit": self._main}:
-            return
-        commit = self._bring("main", revision.files, revision.title)
-        self._remember(main={"phase": revision.number, "commit": commit})
+        if self._main_phase != revision.number:  # a card of it that somebody has edited there stays
+            self._bring("main", revision.files, revision.title)
+            self._main_phase = revision.number
+            self._remember(main=revision.number)
 
     def push_checkpoint(self, revision: Revision) -> None:
         """Bring a checkpoint inside a phase to the branch of that phase. What fails is logged and not repeated: the
@@ -374,16 +376,22 @@ class HubPublisher:
         commit = heads.get(f"phase-{number}")
         if commit is None or f"{CHECKPOINT}/trainer_state.json" not in self._tree(commit):
             return False
-        self._insist(lambda: self._fetch(commit, folder, CHECKPOINT))
+        self._insist(lambda: self._fetch(commit, folder, f"{CHECKPOINT}/"))
         for path in (folder / CHECKPOINT).iterdir():
             os.replace(path, folder / path.name)
         (folder / CHECKPOINT).rmdir()
         return True
 
     def _fetch(self, commit: str, folder: Path, inside: str = "") -> None:
+        """All files of a commit, or those of one folder of it."""
         wanted = {path: file for path, file in self._tree(commit).items() if path.startswith(inside)}
         snapshot_download(
-            self.repo_id, revision=commit, local_dir=folder, token=self.token, allow_patterns=sorted(wanted)
+            self.repo_id,
+            revision=commit,
+            local_dir=folder,
+            token=self.token,
+            allow_patterns=f"{inside}*",
+            ignore_patterns=list(HUB_FILES),
         )
         shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
         for path, file in wanted.items():
@@ -429,9 +437,10 @@ class HubPublisher:
         """Branches and tags, if this folder is still the writer."""
         heads, tags = self._insist(self._references)
         if heads["main"] != self._main:
-            if not _is_writer(self._claim["record"], self._record_at(heads["main"])):
+            found = self._record_at(heads["main"])
+            if not _is_writer(self._claim["record"], found):
                 raise RepositoryConflict(self._overtaken())
-            self._main = heads["main"]
+            self._main, self._main_phase = heads["main"], found.get("phase")
         return heads, tags
 
     def _head(self, branch: str) -> str:

@@ -32,7 +32,8 @@ SILENCE = (10.0, 120.0, 120.0, None)
 
 
 class HubError(RuntimeError):
-    """What the Hub was asked for did not succeed. `status` is that of its answer, None where there was none."""
+    """What the Hub was asked for did not succeed. `status` is that of its answers, None where they had none or not all
+    the same."""
 
     status: int | None = None
 
@@ -65,20 +66,22 @@ def insist(
             have are passed on at once.
     """
     attempts = attempts or ATTEMPTS
+    statuses = set()
     for attempt in range(1, attempts + 1):
         try:
             return step()
         except (HubError, RepositoryConflict, HFValidationError, *final):
             raise
         except FAULTS as error:
-            text, status = describe(error, secret), _status(error)
+            text = describe(error, secret)
+            statuses.add(_status(error))
         if attempt < attempts:
             wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
             logger.info("%s (attempt %d of %d, the next in %.1f s)", text, attempt, attempts, wait)
             time.sleep(wait)
     # Outside of the handler: the error that is hidden here could hold the token in its text.
     failure = HubError(text)
-    failure.status = status
+    failure.status = statuses.pop() if len(statuses) == 1 else None
     raise failure
 
 

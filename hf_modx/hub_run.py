@@ -42,7 +42,8 @@ class UnpublishedPhases(RuntimeError):
 
 
 class RunOnHub:
-    """The Hub's side of a ContinualRun. Only the main process asks the Hub, and every process learns the outcome.
+    """The Hub's side of a ContinualRun. Only the main process asks the Hub, and every process learns the outcome; the
+    others wait for it, so an upload must not take longer than `ddp_timeout`, half an hour unless told otherwise.
 
     Args:
         args: used are `hub_model_id` (default: the name of the output folder), `hub_token`, `hub_private_repo`,
@@ -50,11 +51,14 @@ class RunOnHub:
             `hub_collection`.
 
     Raises:
+        ValueError: `hub_revision` is given.
         HubAccessError: no token, or one that the Hub does not accept or that is for reading.
         HubError: the Hub does not answer, and the folder has never been published.
     """
 
     def __init__(self, args: ModXTrainingArguments):
+        if args.hub_revision is not None:
+            raise ValueError("hub_revision is for a Trainer alone: every phase of a run has a branch of its own.")
         self.args, self.folder = args, Path(args.output_dir)
         self.publisher = HubPublisher(
             args.hub_model_id or self.folder.resolve().name,
@@ -101,12 +105,19 @@ class RunOnHub:
             return record["run_id"], False
         if run_id != record["run_id"]:
             forget_start(self.folder)
-        ids = {"run_id": run_id, "writer": record["writer"]}
-        for number in range(finished_rows(self.folder), len(self.publisher.on_hub)):
-            self._fetch_phase(number, ids)
-        if self.args.resume_from_hub and finished_rows(self.folder) == len(self.publisher.on_hub):
-            self._fetch_checkpoint(len(self.publisher.on_hub))
+        try:
+            self._fetch({"run_id": run_id, "writer": record["writer"]})
+        except HubError as error:
+            raise HubError(f"The run on the Hub could not be fetched; the same command tries again. {error}") from None
         return run_id, 0 in self.publisher.on_hub
+
+    def _fetch(self, ids: Mapping[str, str]) -> None:
+        """The phases that the folder lacks, and the checkpoint inside the next one if that is wanted."""
+        on_hub = len(self.publisher.on_hub)
+        for number in range(finished_rows(self.folder), on_hub):
+            self._fetch_phase(number, ids)
+        if self.args.resume_from_hub and finished_rows(self.folder) == on_hub:
+            self._fetch_checkpoint(on_hub)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         """The answer. None where there is none and the folder has published before: it goes on and publishes later."""
@@ -165,10 +176,10 @@ class RunOnHub:
             if path.is_file() and not path.name.endswith(".tmp")
         }
         state = state_file(self.folder, number)
-        if number > 0 and state.exists():  # that of phase 0 is made anew
+        if number > 0 and files and state.exists():  # that of phase 0 is made anew
             files[LOSS_CALLBACKS_NAME] = state
         jsons = {f"{name}.json": as_json(content).encode() for name, content in contents.items()}
-        return Revision(number, parent, title, files | jsons)
+        return Revision(number, parent, " ".join(title.split()), files | jsons)
 
     def checkpoint_callbacks(self, number: int, parent: int, record: Mapping[str, Any]) -> list[TrainerCallback]:
         """What publishes the checkpoints inside a phase, where `hub_strategy` asks for it."""

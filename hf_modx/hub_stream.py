@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from .files import as_json
-from .hub_faults import insist
+from .hub_faults import insist, limit_silence
 from .markdown import escaped, table
 from .phases import TEST, TRAIN, Phase, PhaseStream
 from .provenance import data_source
@@ -32,6 +32,7 @@ class NotAStream(ValueError):
 
 def push_stream(stream: PhaseStream, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
     """See `PhaseStream.push_to_hub`."""
+    limit_silence()
     layout, splits = _layout(stream)
     features = {split: part.features for split, part in splits.items()}
     first, expected = next(iter(features.items()))
@@ -45,6 +46,7 @@ def push_stream(stream: PhaseStream, repo_id: str, *, private: bool = True, toke
 
 def load_stream(repo_id: str, *, revision: str | None = None, token: str | None = None) -> PhaseStream:
     """See `PhaseStream.from_hub`."""
+    limit_silence()
     api = HfApi(token=token)
     found = insist(lambda: api.dataset_info(repo_id, revision=revision), secret=token, final=NOT_THERE)
     # From here on by commit: what a cache holds of another one does not count.

@@ -184,6 +184,49 @@ def assert_published(hub, run, phases=2):
     assert hub.repository(REPO).problems() == []
 
 
+# ---- The publisher alone, on phases that are made up ----
+
+RECORD = {"run_id": "r", "writer": "w", "identity": {"hyperparameters": {}, "phases": [], "tests": {}}}
+
+
+@pytest.fixture
+def publisher(hub, tmp_path):
+    """A new start of the publisher in the folder of the run."""
+    return lambda **options: HubPublisher(REPO, tmp_path / "run", **options)
+
+
+@pytest.fixture
+def revisions():
+    """Three phases, each with a large file, a small one, one that all share and one of its own."""
+    found = []
+    for number in range(3):
+        files = {
+            "model.safetensors": bytes([number]) * 5000,
+            "config.json": b"{}",
+            "README.md": f"---\nlicense: mit\n---\nPhase {number}\n".encode(),
+            "run.json": json.dumps({**RECORD, "phase": number}).encode(),
+            f"plots/{number}.png": b"picture",
+        }
+        found.append(Revision(number, number - 1 if number else None, f"Phase {number}", files))
+    return found
+
+
+def publish(publisher, revisions):
+    publisher.claim(RECORD, is_new=False)
+    assert publisher.publish(revisions) == ()
+
+
+def assert_all_there(hub, revisions):
+    """Nothing is lost and nothing is there twice."""
+    for revision in revisions:
+        assert content(hub, revision.tag) == content(hub, revision.branch) == revision.files
+        assert commits(hub, revision.branch)[1:] == [f"Phase {k}" for k in range(revision.number + 1)]
+    main = commits(hub, "main")
+    assert main[:2] == ["initial commit", CLAIM] and main[-1] == revisions[-1].title and len(set(main)) == len(main)
+    assert content(hub, "main") == revisions[-1].files
+    assert hub.repository(REPO).problems() == []
+
+
 # ---- Publishing ----
 
 
@@ -217,9 +260,10 @@ def test_card_of_a_revision_loads_that_revision(hub, finished):
     assert card.data.model_name == "clip" and card.data.eval_results
 
 
-@pytest.mark.parametrize(("settings", "private"), [({}, True), ({"hub_private_repo": False}, False)])
-def test_repository_is_private_unless_asked_otherwise(hub, api, make_run, settings, private):
-    make_run(1, **settings).run()
+@pytest.mark.parametrize("private", [True, False])
+def test_repository_is_private_unless_asked_otherwise(hub, api, make_run, private):
+    run = make_run(1) if private else make_run(1, hub_private_repo=False)
+    run.hub.publisher.claim(RECORD, is_new=True)
     assert api.model_info(REPO).private is private
 
 
@@ -362,6 +406,20 @@ def start_until_published(make_run, at_most=12):
     raise AssertionError(f"{at_most} starts were not enough: {errors}")
 
 
+def test_card_that_somebody_has_edited_stays_until_the_next_phase(hub, api, finished, make_run):
+    card = content(hub, "main")["README.md"] + b"\nOur own words.\n"
+    api.upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id=REPO)
+    finished.run()
+    assert content(hub, "main")["README.md"] == card
+    make_run(3).run()
+    assert content(hub, "main") == content(hub, "phase-3")
+
+
+def test_revision_of_a_trainer_alone_is_refused(make_run):
+    with pytest.raises(ValueError, match="every phase of a run has a branch of its own"):
+        make_run(hub_revision="v2")
+
+
 def test_a_third_of_all_requests_fails_and_the_run_is_published_in_the_end(hub, make_run):
     hub.faults = Faults(seed=1, rate=1 / 3, stall=0.05)
     run, errors = start_until_published(make_run)
@@ -372,35 +430,19 @@ def test_a_third_of_all_requests_fails_and_the_run_is_published_in_the_end(hub, 
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_prepared_phases_are_published_once_whatever_fails(hub, tmp_path, seed):
-    """Nothing lost, nothing twice: the publisher alone, each start a new one."""
-    identity = {"hyperparameters": {}, "phases": [], "tests": {}}
-    record = {"run_id": "r", "writer": "w", "identity": identity}
-    revisions = []
-    for number in range(4):
-        files = {name: f"{name} of {number}".encode() for name in ("config.json", "results.json")}
-        files["model.safetensors"] = bytes([number]) * 5000
-        files["README.md"] = b"---\nlicense: mit\n---\n"
-        files["run.json"] = json.dumps({**record, "phase": number}).encode()
-        revisions.append(Revision(number, number - 1 if number else None, f"Phase {number}", files))
+def test_phases_are_published_once_whatever_fails(hub, publisher, revisions, tmp_path, seed):
+    """The publisher alone, each start a new one."""
     hub.faults = Faults(seed=seed, rate=1 / 3, stall=0.05)
     for _ in range(20):
-        publisher = HubPublisher(REPO, tmp_path / "run")
+        again = publisher()
         with suppress(HubError):
-            publisher.claim(record, is_new=False)
-            if publisher.publish(revisions) == ():
+            again.claim(RECORD, is_new=False)
+            if again.publish(revisions) == ():
                 break
-    assert publisher.missing == () and publisher.published.keys() == {0, 1, 2, 3}
-    for revision in revisions:
-        assert content(hub, revision.tag) == content(hub, revision.branch) == revision.files
-        assert commits(hub, revision.branch)[1:] == [f"Phase {k}" for k in range(revision.number + 1)]
-    main = commits(hub, "main")
-    assert main[:2] == ["initial commit", CLAIM] and main[-1] == "Phase 3" and len(set(main)) == len(main)
-    assert content(hub, "main") == revisions[-1].files
-    assert json.loads((tmp_path / "run" / "hub.json").read_text())["phases"] == {
-        str(k): tags(hub)[f"phase-{k}-final"] for k in range(4)
-    }
-    assert hub.repository(REPO).problems() == []
+    assert again.missing == () and again.published.keys() == {0, 1, 2}
+    assert_all_there(hub, revisions)
+    known = json.loads((tmp_path / "run" / "hub.json").read_text())
+    assert known["phases"] == {str(k): tags(hub)[f"phase-{k}-final"] for k in range(3)}
 
 
 def test_what_is_missing_is_named_kept_and_published_by_the_next_start(hub, make_run, caplog):
@@ -434,20 +476,19 @@ def test_example_ends_with_a_status_of_its_own_when_phases_are_missing(hub, exam
 
 
 @pytest.mark.parametrize("where", ["/commit/", "/branch/", "/tag/", "/create"])
-def test_what_is_done_and_not_answered_is_not_done_again(hub, make_run, where):
-    hub.faults.fail_next(2, "drop_after", where)
-    run = make_run(1)
-    run.run()
-    assert hub.faults.pending == [] or where == "/create"
-    assert_published(hub, run, phases=1)
+def test_what_is_done_and_not_answered_is_not_done_again(hub, publisher, revisions, where):
+    hub.faults.fail_next(1 if where == "/create" else 3, "drop_after", where)
+    publish(publisher(), revisions)
+    assert hub.faults.pending == []
+    assert_all_there(hub, revisions)
 
 
 @pytest.mark.parametrize("kind", ["full", "cut"])
-def test_a_large_file_that_does_not_arrive_is_sent_again(hub, make_run, kind):
+def test_a_large_file_that_does_not_arrive_is_sent_again(hub, publisher, revisions, kind):
     hub.faults.fail_next(1, kind, "^PUT")
-    run = make_run(1)
-    run.run()
-    assert_published(hub, run, phases=1)
+    publish(publisher(), revisions)
+    assert hub.faults.pending == []
+    assert_all_there(hub, revisions)
 
 
 @pytest.fixture
@@ -458,16 +499,14 @@ def default_client():
     set_client_factory(default_client_factory)
 
 
-def test_silence_ends_after_a_while(hub, make_run, default_client):
+def test_silence_ends_after_a_while(hub, publisher, revisions, default_client):
     limit_silence((0.5, 0.5, 0.5, None))
     hub.faults = Faults(stall=60)
-    for where in ("/refs", "/commit/phase-1", "/tag/"):
+    for where in ("/refs", "/commit/phase-1"):
         hub.faults.fail_next(1, "timeout", where)
-    start = time.monotonic()
-    run = make_run(1)
-    run.run()
-    assert hub.faults.pending == [] and time.monotonic() - start < 30
-    assert_published(hub, run, phases=1)
+    publish(publisher(), revisions)
+    assert hub.faults.pending == []
+    assert_all_there(hub, revisions)
 
 
 def test_limit_on_silence_keeps_the_client_of_the_user(default_client):
@@ -504,7 +543,7 @@ def test_run_that_has_published_goes_on_without_an_answer(hub, interrupted, make
     assert_published(hub, run)
 
 
-@pytest.mark.parametrize("where", ["^PUT", "/branch/phase-2", "/commit/phase-2", "/tag/", "/commit/main"])
+@pytest.mark.parametrize("where", ["^PUT", "/commit/phase-2", "/tag/", "/commit/main"])
 def test_killed_while_it_uploads_the_repository_loads_and_the_same_command_publishes(
     hub, interrupted, make_run, where
 ):
@@ -674,6 +713,16 @@ def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted,
     assert commits(hub, "main")[-3:] == ["Phase 1: part 1", "The run goes on", "Phase 2: part 2"]
     records = [json.loads((run.folder / "run.json").read_text()) for run in (elsewhere, interrupted)]
     assert records[0]["run_id"] == records[1]["run_id"] and records[0]["writer"] != records[1]["writer"]
+
+
+def test_what_callbacks_and_replay_keep_goes_on_too(hub, make_run):
+    with pytest.raises(SystemError):
+        make_run(recipe="er+ewc", callbacks=[StopAt(2, 1)]).run()
+    elsewhere = make_run(folder="elsewhere", recipe="er+ewc")
+    elsewhere.run()
+    undisturbed = make_run(folder="undisturbed", recipe="er+ewc", push_to_hub=False)
+    undisturbed.run()
+    assert same(weights(elsewhere, 2), weights(undisturbed, 2))
 
 
 def test_a_finished_run_in_an_empty_folder_takes_more_phases(hub, finished, make_run):

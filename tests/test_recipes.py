@@ -1,15 +1,32 @@
 """Recipes by name, alone and added up."""
 
 import inspect
+import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from hf_modx import RECIPES, Contrastive, ModX, ModXTrainer, build_recipe
+from hf_modx import (
+    RECIPES,
+    ContinualRun,
+    Contrastive,
+    LossCallback,
+    ModX,
+    ModXTrainer,
+    ModXTrainingArguments,
+    PhaseStream,
+    build_recipe,
+)
 from hf_modx.callbacks import EWC, L2SP, ExperienceReplay, ReferenceDistillation, WeightEnsemble, check_recipe
 from hf_modx.identity import run_identity
 from hf_modx.recipes import recipe_name
 
-from test_continual import make_stream
+from launch import launch
+from test_continual import StopAt, make_stream
+from tiny import tiny_clip, tiny_processor
 
 
 def names(recipe, **options):
@@ -218,3 +235,239 @@ def test_every_option_of_zscl_is_in_the_identity_of_a_run(make_args, change):
         for options in ({}, change)
     )
     assert before != now
+
+
+# ---- Whole runs: what goes from phase to phase, and what an interruption leaves ----
+
+OPTIONS = {
+    "ewc": {"weight": 50.0, "batches": 2},
+    "weight_ensemble": {"every": 2},
+    "zscl": {"ensemble_every": 2, "images_per_step": 4},
+    "zscl+ewc": {"zscl": {"ensemble_every": 2, "images_per_step": 4}, "ewc": {"batches": 2}},
+}
+KEEPING = ["ewc", "weight_ensemble", "wise_ft", "zscl", "zscl+ewc"]
+
+
+@pytest.fixture
+def run(model, processor, make_args):
+    def run(recipe, stream=None, callbacks=(), recipe_args=None, **changes):
+        continual = ContinualRun(
+            stream or make_stream(),
+            recipe,
+            make_args(**{"max_steps": 4, **changes}),
+            model=model,
+            processing_class=processor,
+            recipe_args=OPTIONS.get(recipe) if recipe_args is None and isinstance(recipe, str) else recipe_args,
+            callbacks=callbacks,
+        )
+        continual.run()
+        return continual
+
+    return run
+
+
+def weights(run, number):
+    return load_file(run.phase_folder(number) / "model.safetensors")
+
+
+def state(run, number):
+    path = run.folder / "state" / f"phase-{number}.safetensors"
+    return load_file(path) if path.exists() else {}
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Watch(TrainerCallback):
+    """Where each phase starts, its steps and its data."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        self.seen[int(args.output_dir[-1])] = (start, state.max_steps, len(train_dataloader.dataset))
+
+
+def test_frozen_leaves_the_start_model_after_every_phase(run):
+    continual = run("frozen")
+    assert same(weights(continual, 1), weights(continual, 0)) and same(weights(continual, 2), weights(continual, 0))
+    results = json.loads((continual.folder / "results.json").read_text())
+    assert [record["steps"] for record in results["training"]] == [0, 0]
+    for matrix in results["matrix"].values():
+        assert matrix[0] == matrix[1] == matrix[2]
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 2}])
+def test_cumulative_goes_on_with_all_data_for_the_steps_of_one_phase(run, length):
+    watch = Watch()
+    continual = run("cumulative", callbacks=[watch], **length)
+    assert same(watch.seen[2][0], weights(continual, 1))
+    steps = 3 if length["max_steps"] == 3 else 2
+    assert [watch.seen[number][1:] for number in (1, 2)] == [(steps, 18), (steps, 27)]
+
+
+@pytest.mark.parametrize("recipe", KEEPING)
+def test_run_interrupted_after_a_last_step_still_ends_its_phase(run, tmp_path, recipe):
+    class StopAtSave(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise SystemError("power cut")
+
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(SystemError):
+        run(recipe, callbacks=[StopAtSave()], **settings)
+    resumed = run(recipe, **settings)
+    whole = run(recipe, output_dir=str(tmp_path / "whole"), **settings)
+    for number in (1, 2):
+        assert same(weights(resumed, number), weights(whole, number)), number
+        assert same(state(resumed, number), state(whole, number)), number
+
+
+def test_run_interrupted_before_publishing_writes_the_same_state_again(run, tmp_path, monkeypatch):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    publish = ContinualRun._publish
+
+    def fail(self, number, *args):
+        if number == 2:
+            raise SystemError("power cut")
+        publish(self, number, *args)
+
+    monkeypatch.setattr(ContinualRun, "_publish", fail)
+    with pytest.raises(SystemError):
+        run("ewc", **settings)
+    monkeypatch.undo()
+    resumed, whole = run("ewc", **settings), run("ewc", output_dir=str(tmp_path / "whole"), **settings)
+    assert same(state(resumed, 2), state(whole, 2)) and same(weights(resumed, 2), weights(whole, 2))
+
+
+@pytest.mark.parametrize("recipe", ["ewc", "zscl"])
+def test_more_phases_end_with_the_weights_of_one_long_run(run, tmp_path, recipe):
+    run(recipe, make_stream(2))
+    grown = run(recipe, make_stream(3))
+    whole = run(recipe, make_stream(3), output_dir=str(tmp_path / "whole"))
+    assert same(weights(grown, 3), weights(whole, 3))
+
+
+def test_run_that_fell_over_starts_its_phase_with_the_state_from_before(run, model, processor, make_args, tmp_path):
+    fail = StopAt(2, 2)
+    settings = {"model": model, "processing_class": processor, "recipe_args": OPTIONS["ewc"]}
+    continual = ContinualRun(make_stream(), "ewc", make_args(max_steps=4), callbacks=[fail], **settings)
+    with pytest.raises(SystemError):
+        continual.run()
+    fail.step = None
+    continual.run()
+    assert same(weights(continual, 2), weights(run("ewc", output_dir=str(tmp_path / "whole")), 2))
+
+
+def test_teacher_of_zscl_is_the_initial_model_after_a_restart(run):
+    kept = state(run("zscl", make_stream(1)), 1)
+    assert kept and same(kept, state(run("zscl", make_stream(2)), 2))
+
+
+def test_base_is_protected_in_the_first_phase(run, tmp_path):
+    with_base, without = run("ewc"), run("ewc", PhaseStream(make_stream().phases), output_dir=str(tmp_path / "other"))
+    finetuned = run("finetune", output_dir=str(tmp_path / "finetune"))
+    assert not same(weights(with_base, 1), weights(finetuned, 1))
+    assert same(weights(without, 1), weights(finetuned, 1))
+    assert any(tensor.any() for tensor in state(with_base, 0).values())
+
+
+def test_zscl_without_a_base_wants_reference_data_before_anything_is_trained(run, tmp_path):
+    with pytest.raises(ValueError, match="no reference images"):
+        run("zscl", PhaseStream(make_stream().phases))
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_state_is_named(run):
+    continual = run("ewc", make_stream(2))
+    shutil.rmtree(continual.folder / "state")
+    with pytest.raises(FileNotFoundError, match=r"phase-2\.safetensors is needed to go on.*EWC"):
+        run("ewc", make_stream(3))
+
+
+def test_recipe_that_keeps_nothing_writes_no_state(run):
+    continual = run("modx")
+    assert not (continual.folder / "state").exists()
+
+
+def test_what_a_phase_leaves_is_its_ensemble(run):
+    raw = {}
+
+    class Keep(TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            raw[args.output_dir[-1]] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    watch = Watch()
+    continual = run("weight_ensemble", callbacks=[Keep(), watch])
+    assert not same(weights(continual, 1), raw["1"])
+    assert same(watch.seen[2][0], weights(continual, 1))
+
+
+def test_combination_and_its_options_are_those_of_the_run(run):
+    continual = run("modx+ewc", recipe_args={"modx": {"alpha": 5}, "ewc": {"batches": 2}})
+    record = json.loads((continual.folder / "run.json").read_text())["identity"]
+    assert record["recipe"] == "modx+ewc"
+    assert record["recipe_args"]["ModX"]["alpha"] == 5 and record["recipe_args"]["EWC"]["batches"] == 2
+
+
+def test_list_of_parts_is_the_same_run_as_its_name(run):
+    run("modx+ewc", recipe_args={"ewc": {"batches": 2}})
+    assert run(["modx", {"ewc": {"batches": 2}}]).recipe_name == "modx+ewc"
+
+
+def test_callbacks_of_ones_own_see_the_boundaries_of_every_phase(run):
+    events = []
+
+    class Own(LossCallback):
+        def start_run(self, base):
+            events.append(f"run on {len(base)}")
+
+        def start_phase(self, phase):
+            events.append("start")
+
+        def finish_phase(self, phase):
+            events.append("finish")
+
+    run(["finetune", Own()])
+    assert events == ["run on 9", "start", "finish", "start", "finish"]
+
+
+@pytest.mark.parametrize("recipe", ["ewc", "zscl"])
+def test_run_goes_on_from_the_hub_with_its_state(run, hub, tmp_path, recipe):
+    published = {"push_to_hub": True, "hub_model_id": "owner/run"}
+    run(recipe, make_stream(1), **published)
+    elsewhere = run(recipe, make_stream(2), output_dir=str(tmp_path / "elsewhere"), **published)
+    whole = run(recipe, make_stream(2), output_dir=str(tmp_path / "whole"))
+    assert same(weights(elsewhere, 2), weights(whole, 2))
+    assert not (elsewhere.phase_folder(1) / "loss_callbacks.safetensors").exists()
+
+
+def run_on_processes(folder, batch_size):
+    processor = tiny_processor()
+    args = ModXTrainingArguments(
+        str(folder),
+        per_device_train_batch_size=batch_size,
+        max_steps=4,
+        optim="sgd",
+        learning_rate=0.02,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model, recipe = tiny_clip(processor), "zscl+ewc"
+    ContinualRun(
+        make_stream(), recipe, args, model=model, processing_class=processor, recipe_args=OPTIONS[recipe]
+    ).run()
+
+
+def test_two_processes_run_the_phases_of_one(tmp_path):
+    for number in (1, 2):
+        launch(number, run_on_processes, tmp_path / str(number), 8 // number)
+    for file in ("phase-1/model.safetensors", "phase-2/model.safetensors", "state/phase-2.safetensors"):
+        one, two = (load_file(tmp_path / str(number) / file) for number in (1, 2))
+        assert one.keys() == two.keys()
+        for name in one:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5, msg=f"{file}: {name}")

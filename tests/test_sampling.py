@@ -84,6 +84,12 @@ def test_rows_of_the_memory_are_seen_about_equally_often():
     assert counts.min() >= 27 and counts.max() <= 28
 
 
+def test_every_pass_leaves_out_other_rows_of_the_memory():
+    # 6 of 22 a batch: a pass has 3 batches and leaves out 4 rows.
+    seen = {row for epoch in range(10) for batch in with_memory(epoch, memory_share=0.75) for row in replayed(batch)}
+    assert seen == set(range(NEW, NEW + MEMORY))
+
+
 def test_memory_row_comes_with_another_pass_each_time():
     """The pass stands where new rows have the epoch: caption and augmentation are drawn from it."""
     indices = [index for epoch in range(10) for batch in with_memory(epoch) for index in batch]

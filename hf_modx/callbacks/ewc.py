@@ -17,14 +17,14 @@ class EWC(LossCallback):
     At the end of phase k `F <- gamma F + F_k`, with F_k the diagonal Fisher information of the contrastive loss over
     batches b of N pairs, `F_k = mean_b N (d InfoNCE_b / d theta)^2`: the gradient of a mean over N pairs has an N-th
     of the variance of one pair's. (A contrastive loss is no sum over pairs, so there are no gradients of single ones
-    to take it from: the formula is our reading.) It is taken at the weights that the phase leaves. With a weight of 1
-    the penalty stands for what the old data's loss would rise by.
+    to take it from: the formula is our reading.) It is taken at the weights that the phase leaves.
 
     Where the stream has a base, its Fisher matrix protects it in the first phase; otherwise the first phase is plain
     fine-tuning.
 
     Args:
-        weight: >= 0.
+        weight: >= 0. With 1 the penalty stands, to second order, for what the old data's loss would rise by, which
+            holds nothing back; the default of 1,000 is what the built-in stream wants (one seed, one phase).
         gamma: what of the Fisher matrix of the phases before is kept, in [0, 1]; 1 adds up all phases.
         batches: contrastive batches that a phase's Fisher matrix is taken over, >= 1; at most one pass over the phase.
 
@@ -34,7 +34,7 @@ class EWC(LossCallback):
     needs_phase_start = True
     learns_from_base = True
 
-    def __init__(self, weight: float = 1.0, gamma: float = 1.0, batches: int = 50):
+    def __init__(self, weight: float = 1000.0, gamma: float = 1.0, batches: int = 50):
         if weight < 0:
             raise ValueError(f"The weight of EWC must not be negative, got {weight}.")
         if not 0 <= gamma <= 1:
