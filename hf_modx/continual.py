@@ -21,7 +21,7 @@ from .callbacks import LossCallback, check_recipe, replay_of
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
 from .distributed import on_main_process
-from .embeddings import check_dual_encoder, longest_caption
+from .embeddings import check_dual_encoder
 from .evaluation import EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
 from .files import publish_file, publish_folder, read_json, write_json
@@ -363,11 +363,10 @@ class ContinualRun:
     def _embed(self, number: int, rows: Dataset) -> tuple[list, list]:
         """The embeddings of some rows under the model after a phase."""
         model = self._load_phase(number)
-        longest = longest_caption(model, self.processing_class.tokenizer)
         return embed_rows(
             model,
             PairDataset(rows, *self._columns),
-            PairCollator(self.processing_class, max_length=longest),
+            PairCollator.for_model(model, self.processing_class),
             batch_size=self.args.eval_batch_size,
             device=self.args.device,
         )

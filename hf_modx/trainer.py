@@ -21,15 +21,24 @@ from transformers.trainer_utils import PredictionOutput, TrainOutput, speed_metr
 
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
 from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_states, unpack_states
+from .callbacks.contrastive import contrastive_loss
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
-from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs, longest_caption
+from .embeddings import (
+    IMAGE_INPUTS,
+    TEXT_INPUTS,
+    PairEmbeddings,
+    check_dual_encoder,
+    embed_pairs,
+    embedding_width,
+    pair_embeddings,
+)
 from .evaluation.encoding import EncodedPairs, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
 from .files import write_text
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
-from .losses import Shard, info_nce
+from .losses import Shard
 from .model_card import trainer_card
 from .recipes import Part, build_recipe
 from .replay import Replay, StoredEmbeddings
@@ -55,7 +64,8 @@ class ModXTrainer(Trainer):
         args: `ModXTrainingArguments`.
         processing_class: a processor with an image processor and a tokenizer, for instance `CLIPProcessor`.
         data_collator: replaces image and caption columns altogether: it takes items of the data set and returns
-            `pixel_values`, `input_ids`, `attention_mask` and, if it likes, `pair_id`, `caption_id` (see
+            what the model's forward pass takes (`pixel_values`, `input_ids`, `attention_mask`, of SigLIP 2 also
+            `pixel_attention_mask` and `spatial_shapes`) and, if it likes, `pair_id`, `caption_id` (see
             `mask_duplicates`) and `row_id` (N,). The order of the rows is ours; a data set without a length is read in
             the stock way, and then several processes need batches that are full.
         compute_metrics: called in evaluation beside the retrieval metrics, with `predictions = (image embeddings,
@@ -237,7 +247,7 @@ class ModXTrainer(Trainer):
             numbers = {
                 "rows": len(dataset),
                 "captions": int(caption_offsets(dataset)[-1]),
-                "width": self._dual_encoder.config.projection_dim,
+                "width": embedding_width(self._dual_encoder),
                 "pairs_seen": steps * self.args.total_batch_size,
             }
         mode = choose_cache(self.args.teacher_cache, obstacle=obstacle, **numbers)
@@ -299,9 +309,7 @@ class ModXTrainer(Trainer):
             model,
             batch.inputs,
             embed=lambda chunk: embed_pairs(model, self._dual_encoder, chunk, batch.token_embeds),
-            loss_of=lambda image, text: self._loss(
-                PairEmbeddings(image, text, self._dual_encoder.logit_scale.exp()), teacher, batch
-            ),
+            loss_of=lambda image, text: self._loss(pair_embeddings(self._dual_encoder, image, text), teacher, batch),
         )
 
     def _ready(self, inputs: dict[str, Tensor]) -> "_Batch":
@@ -356,7 +364,7 @@ class ModXTrainer(Trainer):
             for at in range(0, rows, size)
         ]
         image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
-        return PairEmbeddings(image, text, parts[0].logit_scale)
+        return replace(parts[0], image=image, text=text)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in an order that depends on (data seed, epoch) alone; each process gets its share."""
@@ -419,6 +427,8 @@ class ModXTrainer(Trainer):
         if self._records and ("loss" in logs or "train_loss" in logs):
             logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
             logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
+            if getattr(self._dual_encoder, "logit_bias", None) is not None:
+                logs["logit_bias"] = self._dual_encoder.logit_bias.item()
             self._records = {}
         super().log(logs, start_time)
 
@@ -431,7 +441,8 @@ class ModXTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Retrieval on the whole test set: `{prefix}_image_to_text_recall@1` and so on, fractions in [0, 1], and
-        `{prefix}_loss`, the InfoNCE over all its pairs (first captions). Sharded over processes, identical on each."""
+        `{prefix}_loss`, the contrastive loss over all its pairs (first captions). Sharded over processes, identical on
+        each."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
@@ -470,9 +481,9 @@ class ModXTrainer(Trainer):
             encoded.image, encoded.text, encoded.image_ids, encoded.text_ids, sharded=world_size() > 1
         )
         first = encoded.first_captions()
-        scale = self._dual_encoder.logit_scale.detach().exp()
-        loss = info_nce(encoded.image, encoded.text[first], scale, pair_ids=encoded.image_ids)
-        metrics["loss"] = loss.item()
+        with torch.no_grad():
+            pairs = pair_embeddings(self._dual_encoder, encoded.image, encoded.text[first])
+            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids).item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
@@ -662,10 +673,10 @@ class ModXTrainer(Trainer):
                 found = embed_pairs(model, model, chunk)
             if self.accelerator.mixed_precision == "no":
                 return found
-            return PairEmbeddings(found.image.float(), found.text.float(), found.logit_scale)
+            return replace(found, image=found.image.float(), text=found.text.float())
 
         def loss_of(image: Tensor, text: Tensor) -> Tensor:
-            return loss(_gather(PairEmbeddings(image, text, model.logit_scale.exp()), counts, kept), context)
+            return loss(_gather(pair_embeddings(model, image, text), counts, kept), context)
 
         size = self.args.gradient_cache_chunk_size
         if size is None:
@@ -711,12 +722,12 @@ class ModXTrainer(Trainer):
     def _pair_collator(self, mask_duplicates: bool = False) -> PairCollator:
         if self.processing_class is None:
             raise ValueError("ModXTrainer needs a processing_class, for instance CLIPProcessor.from_pretrained(...).")
-        return PairCollator(
+        return PairCollator.for_model(
+            self._dual_encoder,
             self.processing_class,
-            self._data_seed,
-            self.args.image_augmentation,
-            longest_caption(self._dual_encoder, self.processing_class.tokenizer),
-            mask_duplicates,
+            seed=self._data_seed,
+            image_augmentation=self.args.image_augmentation,
+            mask_duplicates=mask_duplicates,
         )
 
     def _refuse_engines(self) -> None:
@@ -804,7 +815,7 @@ class _Batch:
     def pairs(self, local: PairEmbeddings) -> PairEmbeddings:
         """The embeddings without those of the extra inputs."""
         rows = len(self.context.batch["input_ids"])
-        return PairEmbeddings(local.image[:rows], local.text[:rows], local.logit_scale)
+        return replace(local, image=local.image[:rows], text=local.text[:rows])
 
     def gather_extra(self, local: PairEmbeddings) -> dict[LossCallback, ExtraEmbeddings]:
         """The embeddings of the extra inputs, from all processes with gradient."""
@@ -820,8 +831,9 @@ class _Batch:
 def _joined(inputs: dict[str, Tensor], extra: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     """The batch with the extra images below its images and the extra texts below its texts."""
     joined = dict(inputs)
-    for names in (("pixel_values",), ("input_ids", "attention_mask")):
-        parts = [{name: part[name] for name in names} for part in (inputs, *extra) if names[0] in part]
+    for names in (IMAGE_INPUTS, TEXT_INPUTS):
+        own = [name for name in names if name in inputs]
+        parts = [{name: part[name] for name in own} for part in (inputs, *extra) if own[0] in part]
         joined.update(join_batches(parts, pad_token_id))
     return joined
 
@@ -853,7 +865,7 @@ def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> Pa
     both = all_gather_rows(torch.cat([local.image, local.text], dim=1), counts)
     if kept is not None:
         both = both[kept]
-    return PairEmbeddings(both[:, :width], both[:, width:], local.logit_scale)
+    return replace(local, image=both[:, :width], text=both[:, width:])
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -90,7 +90,7 @@ class PhaseBoundary:
         phase_start: see `LossContext`.
         train_dataset: the pairs of the phase.
         memory: the earlier pairs that are replayed; None where there are none.
-        collator: its `pixel_values(images)` and `tokens(captions)` preprocess as evaluation does, without
+        collator: its `pixels(images)` and `tokens(captions)` preprocess as evaluation does, without
             augmentation; None where a `data_collator` of the user's has taken its place.
         args: of the training.
         autocast: makes the context in which the training runs the model.
@@ -162,8 +162,9 @@ class LossCallback(TrainerCallback):
         empty on one process and not on another.
 
         Returns:
-            `pixel_values` (e, C, H, W), or `input_ids` and `attention_mask` (t, T), or both; empty for nothing. With
-            `token_embeds` (t, T, H) the texts are given as token embeddings, and their ids say where they end.
+            `image_inputs` of e images, as the collator's `pixels` gives them, or `text_inputs` of t texts, as its
+            `tokens` does, or both; empty for nothing. With `token_embeds` (t, T, H) the texts are given as token
+            embeddings, and their ids say where they end.
         """
         return {}
 

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
-from ..losses import info_nce
 from .base import LossCallback, LossContext, PhaseBoundary
+from .contrastive import contrastive_loss
 
 
 class EWC(LossCallback):
@@ -15,7 +15,7 @@ class EWC(LossCallback):
     for all phases: Schwarz et al., "Progress & Compress", ICML 2018).
 
     At the end of phase k `F <- gamma F + F_k`, with F_k the diagonal Fisher information of the contrastive loss over
-    batches b of N pairs, `F_k = mean_b N (d InfoNCE_b / d theta)^2`: the gradient of a mean over N pairs has an N-th
+    batches b of N pairs, `F_k = mean_b N (d L_b / d theta)^2`: the gradient of a mean over N pairs has an N-th
     of the variance of one pair's. (A contrastive loss is no sum over pairs, so there are no gradients of single ones
     to take it from: the formula is our reading.) It is taken at the weights that the phase leaves.
 
@@ -77,9 +77,7 @@ def _fisher(phase: PhaseBoundary, batches: int) -> dict[str, Tensor]:
     """The diagonal Fisher information of the contrastive loss by the names of the weights."""
 
     def contrastive(student: PairEmbeddings, context: LossContext) -> Tensor:
-        return info_nce(
-            student.image, student.text, student.logit_scale, pair_ids=context.pair_ids, shard=context.shard
-        )
+        return contrastive_loss(student, pair_ids=context.pair_ids, shard=context.shard)
 
     total: dict[str, Tensor] = {}
     count = 0

@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 
 from ..data import PairCollator, PairDataset
 from ..distributed import all_gather_rows, world_size
-from ..embeddings import embed_images, embed_texts
+from ..embeddings import embed_images, embed_texts, image_inputs, text_inputs
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,8 @@ def encode_pairs(
     shards: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "rows", "ids", "text_rows", "text_ids")}
     for batch in loader:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        shards["image"].append(embed_images(dual_encoder, batch.pop("pixel_values")))
-        texts = [
-            embed_texts(dual_encoder, batch["input_ids"][at : at + batch_size], mask)
-            for at, mask in _slices(batch.pop("attention_mask"), batch_size)
-        ]
+        shards["image"].append(embed_images(dual_encoder, **image_inputs(batch)))
+        texts = [embed_texts(dual_encoder, **part) for part in _slices(text_inputs(batch), batch_size)]
         shards["text"].append(torch.cat(texts))
         for name in ("rows", "ids", "text_rows", "text_ids"):
             shards[name].append(batch[name])
@@ -94,15 +91,16 @@ def encode_pairs(
     )
 
 
-def _slices(tensor: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    return [(start, tensor[start : start + size]) for start in range(0, len(tensor), size)]
+def _slices(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    starts = range(0, len(inputs["input_ids"]), size)
+    return [{name: tensor[at : at + size] for name, tensor in inputs.items()} for at in starts]
 
 
 class AllCaptions:
     """Collate with every caption of a row instead of one; no augmentation.
 
-    Returns, when called with N items of `PairDataset` that have C captions: `pixel_values` (N, ...), `input_ids` and
-    `attention_mask` (C, T), `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
+    Returns, when called with N items of `PairDataset` that have C captions: the collator's `pixels` of N images and
+    `tokens` of C captions, `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
     """
 
     def __init__(self, collator: PairCollator):
@@ -111,7 +109,7 @@ class AllCaptions:
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [(caption, pair) for pair in pairs for caption in pair["captions"]]
         return {
-            "pixel_values": self.collator.pixel_values([pair["image"] for pair in pairs]),
+            **self.collator.pixels([pair["image"] for pair in pairs]),
             **self.collator.tokens([caption for caption, _ in captions]),
             "rows": torch.tensor([pair["row_id"] for pair in pairs]),
             "ids": torch.tensor([pair["pair_id"] for pair in pairs]),

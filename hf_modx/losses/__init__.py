@@ -4,5 +4,14 @@ from .affinity import Shard
 from .contrastive import info_nce
 from .distillation import AffinityDistillation, affinity_distillation
 from .modx import ModXLoss, modx_loss
+from .sigmoid import sigmoid_loss
 
-__all__ = ["AffinityDistillation", "ModXLoss", "Shard", "affinity_distillation", "info_nce", "modx_loss"]
+__all__ = [
+    "AffinityDistillation",
+    "ModXLoss",
+    "Shard",
+    "affinity_distillation",
+    "info_nce",
+    "modx_loss",
+    "sigmoid_loss",
+]
