@@ -7,16 +7,20 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .files import write_text
 
 
-def card_metadata(results: list[EvalResult], model_name: str, **fields: Any) -> ModelCardData:
+def card_metadata(
+    results: list[EvalResult], model_name: str, config: Mapping[str, Any], **fields: Any
+) -> ModelCardData:
     """Metadata of these results and fields; what is empty is left out, and without results the model-index."""
     known = {name: value for name, value in fields.items() if value}
     if results:
         known |= {"eval_results": results, "model_name": model_name}
-    return ModelCardData(library_name="transformers", pipeline_tag="zero-shot-image-classification", **known)
+    pipeline_tag = "zero-shot-image-classification" if has_zero_shot_pipeline(config) else "feature-extraction"
+    return ModelCardData(library_name="transformers", pipeline_tag=pipeline_tag, **known)
 
 
 def phase_metadata(
@@ -31,6 +35,7 @@ def phase_metadata(
     return card_metadata(
         _eval_results(results, number),
         name,
+        config,
         base_model=base,
         base_model_relation="finetune" if base and number else None,
         datasets=list(dict.fromkeys(source["dataset_id"] for source in learned if "dataset_id" in source)),
@@ -122,6 +127,11 @@ def metric_name(metric: str) -> str:
 
 def model_type(config: Mapping[str, Any]) -> str:
     return config.get("model_type", "clip")
+
+
+def has_zero_shot_pipeline(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a pipeline for models of this type, which `VisionTextDualEncoderModel` is not."""
+    return model_type(config) in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def source_of_test(results: Mapping[str, Any], test: str) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from .card_metadata import (
     as_list,
     card_metadata,
     eval_result,
+    has_zero_shot_pipeline,
     metric_name,
     model_tags,
     model_type,
@@ -45,6 +46,8 @@ PICTURE = "plots/matrix.png"
 HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
+SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
+"""Types of models with a sigmoid loss, and the length to which the zero-shot pipeline pads their labels."""
 
 MEANINGS = {
     "average": "mean of all values after a phase",
@@ -64,6 +67,15 @@ PAPERS = {
   booktitle = {International Conference on Machine Learning},
   year = {2021}
 }""",
+    **dict.fromkeys(
+        SIGMOID,
+        """@inproceedings{zhai2023siglip,
+  title = {Sigmoid Loss for Language Image Pre-Training},
+  author = {Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
+  booktitle = {International Conference on Computer Vision},
+  year = {2023}
+}""",
+    ),
     "ModX": """@inproceedings{ni2023modx,
   title = {Continual Vision-Language Representation Learning with Off-Diagonal Information},
   author = {Ni, Zixuan and Wei, Longhui and Tang, Siliang and Zhuang, Yueting and Tian, Qi},
@@ -214,6 +226,7 @@ def trainer_card(
     metadata = card_metadata(
         [eval_result(test, metric, value, {}) for test, values in scores.items() for metric, value in values.items()],
         model_name or folder,
+        config,
         base_model=base,
         base_model_relation="finetune" if base else None,
         datasets=as_list(dataset_tags),
@@ -527,13 +540,17 @@ def _render(
     """The card; a section that is empty is left out."""
     # JSON's strings are Python's too, on one line whatever they hold.
     location = json.dumps(load_from) + (f", revision={json.dumps(revision)}" if revision else "")
+    is_sigmoid = model_type(config) in SIGMOID
     positions = config.get("text_config", {}).get("max_position_embeddings", 0)
+    enough = positions >= (SIGMOID_POSITIONS if is_sigmoid else PIPELINE_POSITIONS)
     card = ModelCard.from_template(
         metadata,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         location=location,
         is_published=is_published,
-        has_pipeline=positions >= PIPELINE_POSITIONS,
+        padding=f'padding="max_length", max_length={positions}' if is_sigmoid else "padding=True",
+        probabilities="sigmoid()" if is_sigmoid else "softmax(dim=-1)",
+        has_pipeline=enough and has_zero_shot_pipeline(config),
         **sections,
     )
     return str(card).rstrip() + "\n"

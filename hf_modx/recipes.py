@@ -87,8 +87,8 @@ def zscl(
         consolidation: weight of `L2SP`, >= 0.
         ensemble_every: steps between two weights that join the `WeightEnsemble`.
         freeze_logit_scale: do not train the logit scale.
-        classes: the task is `Classification` over the classes of the phase, as in the original. False: InfoNCE over
-            image-caption pairs, our reading for data without labels.
+        classes: the task is `Classification` over the classes of the phase, as in the original. False: the contrastive
+            loss over image-caption pairs, our reading for data without labels.
         label_smoothing: of the classification.
         reference: options of `ReferenceDistillation`.
     """

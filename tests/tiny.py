@@ -115,6 +115,7 @@ def tiny_clip(processor: CLIPProcessor, seed: int = 0) -> CLIPModel:
 # ---- Other architectures ----
 
 TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+APART = {"initializer_range": 0.3}  # otherwise all texts are the same to a model that has learned nothing
 CONTEXT = 24
 WORDS = ["a", "one", "in", *COLORS, *SHAPES]
 
@@ -172,7 +173,7 @@ def _siglip2() -> tuple[Siglip2Config, Siglip2Processor]:
 
 def _chinese_clip() -> tuple[ChineseCLIPConfig, ChineseCLIPProcessor]:
     tokenizer = _with_bert_tokens()
-    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
+    text = {**TOWER, **APART, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT}
     vision = {**TOWER, "image_size": SIZE, "patch_size": 8}
     images = ChineseCLIPImageProcessorPil(
         size={"height": SIZE, "width": SIZE}, crop_size={"height": SIZE, "width": SIZE}
@@ -185,7 +186,7 @@ def _vit_and_bert() -> tuple[VisionTextDualEncoderConfig, VisionTextDualEncoderP
     tokenizer = _with_bert_tokens()
     config = VisionTextDualEncoderConfig.from_vision_text_configs(
         ViTConfig(**TOWER, image_size=SIZE, patch_size=8),
-        BertConfig(**TOWER, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT),
+        BertConfig(**TOWER, **APART, vocab_size=len(tokenizer), max_position_embeddings=CONTEXT),
         projection_dim=8,
     )
     images = ViTImageProcessorPil(size={"height": SIZE, "width": SIZE})

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .affinity import Shard, block_rows, repeated
 from .contrastive import check_pairs, full_precision, upcast, with_extra
@@ -114,6 +113,7 @@ class _SigmoidLoss(torch.autograd.Function):
         return (total / len(images)).to(images.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("The gradient of this loss cannot be differentiated again (create_graph=True).")
         return *(slope * gradient for gradient in ctx.saved_tensors), None
