@@ -160,7 +160,7 @@ class PairCollator:
         self.seed = seed
         self.image_augmentation = image_augmentation
         self.mask_duplicates = mask_duplicates
-        if image_augmentation != "none" and "spatial_shapes" in self.image_processor.model_input_names:
+        if image_augmentation != "none" and "spatial_shapes" in getattr(self.image_processor, "model_input_names", ()):
             raise ValueError(
                 f"image_augmentation={image_augmentation!r} moves whole images, and "
                 f"{type(self.image_processor).__name__} gives patches. Leave it out."

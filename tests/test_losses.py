@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_modx.losses import Shard, affinity_distillation, info_nce, modx_loss, sigmoid_loss
 
@@ -764,3 +765,23 @@ def test_second_derivatives_of_the_sigmoid_loss_are_refused():
     batch = SigmoidBatch()
     with pytest.raises(NotImplementedError, match="create_graph"):
         torch.autograd.grad(batch.loss(), batch.images, create_graph=True)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation has made at once."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_sigmoid_loss_holds_no_matrix_of_all_pairs():
+    batch = SigmoidBatch(rows=50)
+    with LargestTensor() as largest:
+        torch.autograd.grad(batch.loss(pair_ids=torch.arange(50) // 2, chunk_size=4), batch.leaves())
+    assert largest.elements <= max(4 * 50, 50 * DIM)
