@@ -81,17 +81,21 @@ class ModXTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Learning rate of the text tower and its projection; default: learning_rate."}
     )
     freeze_vision_model: bool = field(
-        default=False, metadata={"help": "Do not train the vision tower; its projection is trained."}
+        default=False, metadata={"help": "Do not train the vision tower; a projection behind it is trained."}
     )
     freeze_text_model: bool = field(
-        default=False, metadata={"help": "Do not train the text tower; its projection is trained."}
+        default=False, metadata={"help": "Do not train the text tower; a projection behind it is trained."}
     )
     decay_logit_scale: bool = field(
         default=False,
         metadata={"help": "Apply weight decay to logit_scale too, as the authors' code and the stock Trainer do."},
     )
     max_logit_scale: float = field(
-        default=100.0, metadata={"help": "The factor on the cosines is clamped to [1, this] after every step."}
+        default=100.0,
+        metadata={
+            "help": "The factor on the cosines is clamped to [1, this] after every step; not where the model has a "
+            "sigmoid loss."
+        },
     )
 
     resume_from_hub: bool = field(

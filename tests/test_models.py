@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -26,6 +27,7 @@ from hf_modx.embeddings import (
 from hf_modx.gradcache import GradientCache
 from hf_modx.image_cache import cache_resized_images
 from hf_modx.pseudo_texts import Inversion, PseudoTextSearch
+from hf_modx.teacher import AdapterOffTeacher, teacher_of
 
 from launch import launch
 from test_continual import StopAt
@@ -273,6 +275,19 @@ def test_two_processes_train_the_scale_bias_and_weights_of_one(tmp_path):
     for ranks in found[1:]:
         for rank in ranks:
             assert max((one[key] - rank[key]).abs().max() for key in one) < 1e-9
+
+
+def test_old_model_of_an_adapter_keeps_its_scale_and_bias():
+    student = get_peft_model(tiny_dual_encoder("siglip")[0], LoraConfig(target_modules=["q_proj"], r=2))
+    for scale in (student.logit_scale, student.logit_bias):
+        scale.requires_grad_(True)
+    teacher = teacher_of(student)
+    assert isinstance(teacher, AdapterOffTeacher)
+    teacher.prepare(Accelerator(cpu=True))
+    for scale in (student.logit_scale, student.logit_bias):
+        scale.data += 1.0
+    old = teacher.embed(batch_of(student, tiny_dual_encoder("siglip")[1]))
+    assert old.logit_scale.item() == pytest.approx(10.0) and old.logit_bias.item() == -10.0
 
 
 # ---- Whole runs ----
