@@ -3,6 +3,7 @@
 All of it is skipped where there is no GPU.
 """
 
+import json
 from contextlib import suppress
 
 import pytest
@@ -73,3 +74,10 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, recipe
     with suppress(KeyboardInterrupt):
         run(recipe, callbacks=[Stop()], **saving)
     assert largest_difference(run(recipe, **saving), run(recipe, folder="undisturbed", **saving)) < 1e-5
+
+
+def test_energy_of_a_phase_is_in_the_results(run, tmp_path):
+    pytest.importorskip("pynvml")
+    run("modx")
+    (first, second) = json.loads((tmp_path / "out" / "results.json").read_text())["training"]
+    assert 0 < first["train_energy_joules"] < 1e6 and 0 < second["train_energy_joules"] < 1e6
