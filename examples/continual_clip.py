@@ -46,6 +46,7 @@ from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
 from hf_modx.provenance import is_hub_id
+from hf_modx.recipes import recipe_name
 
 logger = logging.getLogger("hf_modx.example")
 
@@ -80,8 +81,20 @@ class ScriptArguments:
     phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
     test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
-    recipe: str = field(default="modx", metadata={"help": "How to learn and what to keep.", "choices": list(RECIPES)})
-    recipe_args: str = field(default="{}", metadata={"help": "Options of the recipe as JSON: '{\"alpha\": 20}'"})
+    recipe: list[str] = field(
+        default_factory=lambda: ["modx"],
+        metadata={
+            "help": f"How to learn and what to keep: {', '.join(RECIPES)}, or several added up as in modx+er. In a "
+            "YAML file also a list of parts with their options: [{modx: {alpha: 5}}, er]"
+        },
+    )
+    recipe_args: str = field(
+        default="{}",
+        metadata={
+            "help": "Options of the recipe as JSON: '{\"alpha\": 20}'. Of several added up by part: "
+            '\'{"modx": {"alpha": 20}}\''
+        },
+    )
     base_max_steps: int = field(
         default=BASE_MAX_STEPS, metadata={"help": "Steps of the small CLIP before the first phase."}
     )
@@ -96,8 +109,10 @@ class ScriptArguments:
             raise ValueError(f"--recipe_args must be JSON like '{{\"alpha\": 20}}': {error}") from error
         if not isinstance(self.recipe_options, dict):
             raise ValueError("--recipe_args must be a JSON object like '{\"alpha\": 20}'.")
+        self.recipe = parts_of(self.recipe)
         if self.dataset_name is None and self.model_name_or_path is None:
-            self.recipe_options = {**DEMO_RECIPE_ARGS.get(self.recipe, {}), **self.recipe_options}
+            self.recipe_options = demo_options(self.recipe, self.recipe_options)
+        build_recipe(self.recipe, **self.recipe_options)  # tells what is wrong with it while the user still looks
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -109,6 +124,23 @@ class ScriptArguments:
             for name in ("phase_column", "num_phases", "phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} needs --dataset_name: the built-in stream has phases of its own.")
+
+
+def parts_of(recipe: list[str]) -> str | list:
+    """A name as it stands; of several parts each a name or, in JSON, a mapping to its options."""
+    parts = [json.loads(part) if part.startswith("{") else part for part in recipe]
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else parts
+
+
+def demo_options(recipe: str | list, options: dict) -> dict:
+    """The options of a recipe given by name, with those that suit the built-in data where none are given."""
+    if not isinstance(recipe, str):
+        return options
+    names = recipe_name(recipe).split("+")
+    if len(names) == 1:
+        return {**DEMO_RECIPE_ARGS.get(recipe, {}), **options}
+    suited = {name: {**DEMO_RECIPE_ARGS.get(name, {}), **options.get(name, {})} for name in names}
+    return {**options, **{name: of_part for name, of_part in suited.items() if of_part}}
 
 
 def main(argv: list[str]) -> EvaluationMatrix | None:
@@ -154,7 +186,7 @@ def use_all_cores(args: ModXTrainingArguments) -> None:
 
 def defaults(chosen, given: set[str]) -> dict:
     """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data."""
-    settings = {"output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
+    settings = {"output_dir": f"runs/{recipe_name(parts_of(chosen.recipe))}-seed{chosen.seed}"}
     if chosen.dataset_name is None and chosen.model_name_or_path is None:
         settings |= DEMO_DEFAULTS
         if "num_train_epochs" in given:
@@ -233,11 +265,13 @@ def names(listed: str | None) -> list[str] | None:
 
 
 def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArguments) -> str:
-    lines = [f"Recipe {script.recipe}, {args.contrastive_batch_size} pairs a step"]
+    lines = [f"Recipe {recipe_name(script.recipe)}, {args.contrastive_batch_size} pairs a step"]
+    callbacks = build_recipe(script.recipe, **script.recipe_options)
     before = 0
     for number, phase in enumerate(stream.all_phases(), start=0 if stream.base else 1):
         steps = script.base_max_steps if number == 0 else args.phase_steps(len(phase.train))
-        if number > 0 and any(callback.starts_from == "base" for callback in build_recipe(script.recipe)):
+        steps = steps if number == 0 or all(callback.trains for callback in callbacks) else 0
+        if number > 0 and any(callback.starts_from == "base" for callback in callbacks):
             steps = before = before + steps
         test = f"{len(phase.test):,} to test" if phase.test is not None else "no test"
         lines.append(f"phase {number}: {phase.name}, {len(phase.train):,} pairs to learn in {steps:,} steps, {test}")
