@@ -41,7 +41,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.cli import parse_arguments
-from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
+from hf_modx.demo_streams import DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
@@ -70,6 +71,19 @@ class ScriptArguments:
             "drawings."
         },
     )
+    demo_stream: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which built-in stream: the same concepts in new renderings (domain, the default), new groups of "
+            "concepts (class) or random ones (instance).",
+            "choices": list(DEMO_STREAMS),
+        },
+    )
+    demo_validation: bool = field(
+        default=False,
+        metadata={"help": "The built-in stream for choosing options: two phases, tests that are no final ones."},
+    )
+    union_test: bool = field(default=False, metadata={"help": "Also test on the pairs of all tests in one gallery."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_split: str | None = field(
         default=None, metadata={"help": "The split that is cut into phases. Default: train, or the only one."}
@@ -120,6 +134,8 @@ class ScriptArguments:
             for name in ("phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
+        if self.dataset_name is not None and (self.demo_stream is not None or self.demo_validation):
+            raise ValueError("--demo_stream and --demo_validation do not go with --dataset_name.")
         if self.dataset_name is None:
             for name in ("phase_column", "num_phases", "phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
@@ -180,7 +196,8 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
 
 def use_all_cores(args: ModXTrainingArguments) -> None:
     """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have all cores."""
-    if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if args.device.type == "cpu" and args.world_size == 1 and launched:
         torch.set_num_threads(os.cpu_count() or 1)
 
 
@@ -196,7 +213,7 @@ def defaults(chosen, given: set[str]) -> dict:
 
 def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseStream:
     if script.dataset_name is None:
-        stream = demo_stream(args.seed)
+        stream = DEMO_STREAMS[script.demo_stream or "domain"](args.seed, validation=script.demo_validation)
     else:
         stream = published_stream(script)
         if stream is None:
@@ -209,7 +226,8 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseSt
             return part
         return part.shuffle(seed=args.seed).select(range(limit))
 
-    return stream.map_parts(at_most)
+    stream = stream.map_parts(at_most)
+    return stream.with_union_test() if script.union_test else stream
 
 
 def published_stream(script: ScriptArguments) -> PhaseStream | None:
