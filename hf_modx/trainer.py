@@ -33,6 +33,7 @@ from .embeddings import (
     embedding_width,
     pair_embeddings,
 )
+from .energy import EnergyMeter
 from .evaluation.encoding import EncodedPairs, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
 from .files import write_text
@@ -180,6 +181,7 @@ class ModXTrainer(Trainer):
                 self.args.gradient_accumulation_steps,
             )
         self._held = []
+        self._energy = EnergyMeter()
         self._start_phase()
         if self.model_wrapped is self.model:
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
@@ -430,6 +432,8 @@ class ModXTrainer(Trainer):
             if getattr(self._dual_encoder, "logit_bias", None) is not None:
                 logs["logit_bias"] = self._dual_encoder.logit_bias.item()
             self._records = {}
+        if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
+            logs["train_energy_joules"] = joules
         super().log(logs, start_time)
 
     # ---- Evaluation ----

@@ -277,6 +277,7 @@ def test_two_processes_train_the_scale_bias_and_weights_of_one(tmp_path):
             assert max((one[key] - rank[key]).abs().max() for key in one) < 1e-9
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_old_model_of_an_adapter_keeps_its_scale_and_bias():
     student = get_peft_model(tiny_dual_encoder("siglip")[0], LoraConfig(target_modules=["q_proj"], r=2))
     for scale in (student.logit_scale, student.logit_bias):
