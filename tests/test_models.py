@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -279,7 +278,8 @@ def test_two_processes_train_the_scale_bias_and_weights_of_one(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_old_model_of_an_adapter_keeps_its_scale_and_bias():
-    student = get_peft_model(tiny_dual_encoder("siglip")[0], LoraConfig(target_modules=["q_proj"], r=2))
+    peft = pytest.importorskip("peft")
+    student = peft.get_peft_model(tiny_dual_encoder("siglip")[0], peft.LoraConfig(target_modules=["q_proj"], r=2))
     for scale in (student.logit_scale, student.logit_bias):
         scale.requires_grad_(True)
     teacher = teacher_of(student)
