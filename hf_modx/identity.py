@@ -44,7 +44,16 @@ HYPERPARAMETERS = [
     "optim_args",
     "mask_duplicates",
     "contrastive_batch_size",
+    "text_learning_rate_factor",
+    "peft",
 ]
+LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
+
+
+def hyperparameters(args: ModXTrainingArguments) -> dict[str, Any]:
+    """The values of `HYPERPARAMETERS` as JSON takes them, and those of an adapter where one is trained."""
+    names = [*HYPERPARAMETERS, *(LORA if args.peft is not None else [])]
+    return {name: _plain(getattr(args, name)) for name in names}
 
 
 def run_identity(
@@ -57,7 +66,7 @@ def run_identity(
     return {
         "recipe": recipe,
         "recipe_args": {type(callback).__name__: _options(callback) for callback in callbacks},
-        "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
+        "hyperparameters": hyperparameters(args),
         "base": content_fingerprint(stream.base.train) if stream.base is not None else None,
         "phases": [
             {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}

@@ -30,7 +30,7 @@ from .card_metadata import (
 )
 from .evaluation import EvaluationMatrix
 from .files import read_json, write_text
-from .identity import HYPERPARAMETERS
+from .identity import hyperparameters
 from .markdown import escaped, table
 from .plots import draw_matrix
 from .provenance import cached_commit, data_source, environment, is_hub_id
@@ -241,7 +241,7 @@ def trainer_card(
         lineage=f"- Base model: {_hub_link(base)}" if base else "",
         recipe=f"{escaped(' + '.join(recipe_args))}: {trainer.state.global_step} steps{_time_of(history)}.",
         options=_options_table(recipe_args),
-        hyperparameters=_settings_table({name: getattr(args, name) for name in HYPERPARAMETERS}),
+        hyperparameters=_settings_table(hyperparameters(args)),
         data=_trainer_data_table(trainer),
         environment=_environment_table(environment(args.device, args.world_size)),
         limits=[],
