@@ -1,7 +1,7 @@
 """What makes two runs the same run."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -74,6 +74,12 @@ def run_identity(
         ],
         "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in stream.tests().items()},
     }
+
+
+def is_adapter(identity: Mapping[str, Any], number: int) -> bool:
+    """Whether a run leaves an adapter after a phase, and no model of its own."""
+    settings = identity["hyperparameters"]
+    return number > 0 and settings.get("peft") is not None and not settings["lora_merge"]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

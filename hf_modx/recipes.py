@@ -116,7 +116,7 @@ def incclip(**options: Any) -> list[LossCallback]:
 
 @_with_options_of(ProjectedDistillation)
 def cclip(*, merge_factor: float = 0.5, **options: Any) -> list[LossCallback]:
-    """C-CLIP (Liu et al., ICLR 2025): the contrastive term, consolidation through a projector that is trained along,
+    """C-CLIP (ICLR 2025): the contrastive term, consolidation through a projector that is trained along,
     and LoRA adapters of which the base takes up a part at the end of each phase.
 
     The adapter is a matter of the training arguments; those of the paper are `RECIPE_ARGUMENTS["cclip"]`.

@@ -16,9 +16,9 @@ logger = logging.getLogger(__name__)
 
 class ProjectedDistillation(LossCallback):
     """Contrastive knowledge consolidation: features of the new model, put through a projector that is trained along,
-    have to find the old model's features of the same images and texts among those of the whole batch (Liu et al.,
-    "C-CLIP: Multimodal Continual Learning for Vision-Language Model", ICLR 2025). The new features may move, as long
-    as the old ones can be read off them.
+    have to find the old model's features of the same images and texts among those of the whole batch ("C-CLIP:
+    Multimodal Continual Learning for Vision-Language Model", ICLR 2025). The new features may move, as long as the old
+    ones can be read off them.
 
     `weight * L(h(V), h(L), V', L')`, see `contrastive_distillation`, with h the projector, V and L the features of the
     model in training, V' and L' those of the model after the phase before.
