@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState, set_seed
+from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_recipe, replay_of
@@ -308,7 +308,6 @@ class ContinualRun:
             # Interrupted between the last step and the publishing: `train` would do one step too many.
             trainer.finish_from(checkpoint)
         else:
-            set_seed(trainer.args.data_seed)  # dropout must not depend on what this process has done before
             trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
             # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.

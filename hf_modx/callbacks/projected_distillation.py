@@ -53,8 +53,8 @@ class ProjectedDistillation(LossCallback):
                 'peft="lora" for the method of the paper.'
             )
         seed = phase.args.data_seed if phase.args.data_seed is not None else phase.args.seed
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
             projector = _projector(phase.model.config.projection_dim)
         self._projector = projector.to(phase.model.logit_scale.dtype)
 
