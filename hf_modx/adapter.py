@@ -72,7 +72,9 @@ def has_adapter(model: nn.Module) -> bool:
 
 def merged(model: nn.Module) -> nn.Module:
     """The plain model with the adapter merged into its weights; the `PeftModel` is of no use any more."""
-    return model.merge_and_unload()
+    plain = model.merge_and_unload()
+    vars(plain).pop("peft_config", None)  # not every version of PEFT takes it away
+    return plain
 
 
 def save_adapter(
@@ -87,9 +89,7 @@ def save_adapter(
         base, base_revision: of the model before the first phase, for whoever loads the adapter.
     """
     peft = load_peft()
-    # Without being told, PEFT asks the Hub whether the vocabulary has grown.
-    weights = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    own = {name: tensor.detach().cpu() for name, tensor in weights.items()}
+    own = {name: tensor.detach().cpu() for name, tensor in peft.get_peft_model_state_dict(model).items()}
     earlier = load_file(before / ADAPTER_WEIGHTS) if before is not None else {}
     stacked = {name: _beside(earlier.get(name), tensor, name) for name, tensor in own.items()}
     config = copy.copy(model.peft_config["default"])

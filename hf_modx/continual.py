@@ -157,8 +157,8 @@ class ContinualRun:
             trainer = None
             if not self._is_finished(number):
                 trainer = self._train_phase(number)
-            if trainer is None:
-                gc.collect()
+            if self.args.peft is not None:
+                gc.collect()  # the model that is evaluated is not the one that was trained
             if self._evaluate_phase(number, trainer):
                 self._push()
             # A Trainer lives in reference cycles: without this its model, teacher and optimizer would stay in memory

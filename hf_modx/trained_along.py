@@ -74,6 +74,6 @@ class TrainedAlong(TrainerCallback):
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` returned; KeyError where something is missing."""
+        """Take back what `state_dict` returned."""
         for name, tensor in self.state_dict().items():
             tensor.copy_(state[name])

@@ -533,8 +533,9 @@ class ModXTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
-        self._freeze_towers(self.model)  # PEFT makes an adapter that it loads trainable everywhere
-        self._along.load_state_dict(self._load_beside_adapter(resume_from_checkpoint))
+        beside = self._load_beside_adapter(resume_from_checkpoint)
+        _refuse_missing(self._along.state_dict(), beside, resume_from_checkpoint)
+        self._along.load_state_dict(beside)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -552,6 +553,7 @@ class ModXTrainer(Trainer):
         """Take it back; gives all that the checkpoint holds of what no file of the model does."""
         path = os.path.join(checkpoint, TRAINED_BESIDE_NAME)
         found = load_file(path) if os.path.exists(path) else {}
+        _refuse_missing(self._beside_adapter(), found, checkpoint)
         for name, weight in self._beside_adapter().items():
             weight.copy_(found[name])
         return found
@@ -932,6 +934,14 @@ def _first_occurrences(row_ids: Tensor) -> Tensor | None:
 def _refuse(value: Any, name: str, remedy: str) -> None:
     if value is not None:
         raise ValueError(f"ModXTrainer takes no {name}. {remedy}")
+
+
+def _refuse_missing(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], checkpoint: str) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ValueError(
+            f"{checkpoint} does not hold {', '.join(missing)}, which is trained: it is of another recipe or of an "
+            "earlier version. Start the phase anew, without this checkpoint."
+        )
 
 
 def _give_own_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:

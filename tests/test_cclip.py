@@ -169,6 +169,17 @@ def test_optimizer_of_one_s_own_that_does_not_train_the_modules_is_refused(model
         trainer_of(model, make_args(), [Contrastive(), Drift()], optimizers=(optimizer, None)).train()
 
 
+def test_checkpoint_without_the_projector_is_refused(make_args, tmp_path):
+    processor = tiny_processor()
+    args = make_args(save_strategy="steps", save_steps=6)
+    trainer_of(tiny_clip(processor), args, "finetune").train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-6")
+    with pytest.raises(
+        ValueError, match="checkpoint-6 does not hold 1.ProjectedDistillation.modules.projector.0.bias"
+    ):
+        trainer_of(tiny_clip(processor), args, "cclip").train(resume_from_checkpoint=checkpoint)
+
+
 # ---- Several processes ----
 
 WAYS = {
