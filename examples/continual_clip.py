@@ -51,7 +51,7 @@ from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
 from hf_modx.provenance import is_hub_id
-from hf_modx.recipes import RECIPE_ARGUMENTS
+from hf_modx.recipes import recipe_arguments
 
 logger = logging.getLogger("hf_modx.example")
 
@@ -166,7 +166,7 @@ def defaults(chosen, given: set[str]) -> dict:
         settings |= DEMO_DEFAULTS
         if "num_train_epochs" in given:
             del settings["max_steps"]
-    settings |= RECIPE_ARGUMENTS.get(chosen.recipe, {})
+    settings |= recipe_arguments(chosen.recipe)
     if "text_learning_rate" in given:
         settings["text_learning_rate_factor"] = None
     return settings

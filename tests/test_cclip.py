@@ -12,7 +12,7 @@ from transformers import CLIPModel, TrainerCallback
 from hf_modx import Contrastive, LossCallback, ModXTrainer, ModXTrainingArguments, build_recipe
 from hf_modx.callbacks import ProjectedDistillation, WiseFT
 from hf_modx.losses import contrastive_distillation
-from hf_modx.recipes import RECIPE_ARGUMENTS
+from hf_modx.recipes import recipe_arguments
 from hf_modx.trainer import TRAINED_BESIDE_NAME
 
 from launch import launch
@@ -69,7 +69,8 @@ def test_recipe_brings_the_terms_of_the_paper_and_merges_half():
     callbacks = build_recipe("cclip")
     assert [type(callback) for callback in callbacks] == [Contrastive, ProjectedDistillation, WiseFT]
     assert callbacks[2].weight == 0.5 and build_recipe("cclip", merge_factor=0.8)[2].weight == 0.8
-    assert RECIPE_ARGUMENTS["cclip"]["lora_rank"] == 16
+    assert recipe_arguments(["er", {"cclip": {"merge_factor": 0.8}}])["lora_rank"] == 16
+    assert recipe_arguments("modx+er") == {}
 
 
 def trainer_of(model, args, recipe, **options):

@@ -2,7 +2,6 @@
 
 import torch
 
-from ..teacher import adapter_is_fresh
 from ..trained_weights import adapted_layers, out_factor, set_trained_weights, trained_weights
 from .base import LossCallback, PhaseBoundary
 
@@ -27,7 +26,7 @@ class WiseFT(LossCallback):
         self.weight = weight
 
     def start_phase(self, phase: PhaseBoundary) -> None:
-        if adapted_layers(phase.model) and not adapter_is_fresh(phase.model):
+        if any(out_factor(layer).any() for layer in adapted_layers(phase.model).values()):
             raise ValueError(
                 "WiseFT goes back to the weights at the start of a phase, which an adapter that has learned before is "
                 "no part of. Merge it, model.merge_and_unload(), and train a fresh one."
