@@ -84,7 +84,8 @@ def save_adapter(
 
     Args:
         model: a `PeftModel` whose base is what the phase started from.
-        folder: gets `adapter_config.json`, `adapter_model.safetensors` and the base's `config.json`.
+        folder: gets `adapter_config.json` and `adapter_model.safetensors`. It must hold no `config.json`, or
+            transformers would take it for a whole model and not load the base.
         before: folder that this function has written for what the phase started from; None: that was the base itself.
         base, base_revision: of the model before the first phase, for whoever loads the adapter.
     """
@@ -97,9 +98,7 @@ def save_adapter(
     config.r, config.lora_alpha = rank, config.lora_alpha * rank / config.r
     config.target_modules = sorted(config.target_modules)
     config.base_model_name_or_path, config.revision, config.inference_mode = base, base_revision, True
-    start = type(model.get_base_model())
-    config.auto_mapping = {"base_model_class": start.__name__, "parent_library": start.__module__}
-    model.config.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(stacked, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config.save_pretrained(folder)
 

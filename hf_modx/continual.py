@@ -30,7 +30,7 @@ from .hub import Revision
 from .hub_run import RunOnHub
 from .identity import changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
-from .model_card import write_phase_card
+from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
@@ -489,7 +489,8 @@ class ContinualRun:
         """The card of a phase, and then the results, which make it a finished one."""
         results = self._results(len(self._rows) - 1)
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}
-        write_phase_card(self.phase_folder(number), self.identity, results, number, **published)
+        config = phase_config(self.folder, number)
+        write_phase_card(self.phase_folder(number), self.identity, results, number, config=config, **published)
         write_json(self.folder / RESULTS, results)
 
     def _results(self, number: int) -> dict[str, Any]:

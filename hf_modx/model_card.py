@@ -123,7 +123,12 @@ def write_card_of_run(run: Path, number: int, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     identity, results = read_json(run / "run.json")["identity"], read_json(run / "results.json")
-    write_phase_card(folder, identity, results, number, config=read_json(run / f"phase-{number}" / "config.json"))
+    write_phase_card(folder, identity, results, number, config=phase_config(run, number))
+
+
+def phase_config(run: Path, number: int) -> dict[str, Any] | None:
+    """The `config.json` of the model of a phase; an adapter has that of its base."""
+    return read_json(run / f"phase-{number}" / "config.json") or read_json(run / "phase-0" / "config.json")
 
 
 def phase_card(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import CLIPModel, TrainerCallback
+from transformers import AutoModel, CLIPModel, TrainerCallback
 
 from hf_modx import ContinualRun, ModXTrainer, ModXTrainingArguments, PhaseStream
 from hf_modx.adapter import add_adapter, merged
@@ -138,7 +138,7 @@ def test_logit_scale_is_trained_where_it_is_asked_for_and_told_to_be_frozen_othe
     assert add_adapter(merged(adapted), make_args(**LORA, train_logit_scale=True)).logit_scale.requires_grad
 
 
-def test_one_adapter_holds_all_phases_so_far(finished):
+def test_one_adapter_holds_all_phases_so_far(finished, monkeypatch):
     continual = finished(merge=False)
     for number in (1, 2):
         folder = continual.phase_folder(number)
@@ -149,6 +149,8 @@ def test_one_adapter_holds_all_phases_so_far(finished):
         evaluated = continual._load_phase(number)
         torch.testing.assert_close(features(adapted), features(evaluated), rtol=0, atol=1e-5)
         assert same(adapted.merge_and_unload().state_dict(), evaluated.state_dict())
+    monkeypatch.chdir(continual.folder)
+    torch.testing.assert_close(features(AutoModel.from_pretrained("phase-2")), features(evaluated), rtol=0, atol=1e-5)
     first, second = weights(continual, 1), weights(continual, 2)
     for name, tensor in first.items():
         kept = second[name][:4] if "lora_A" in name else second[name][:, :4]
