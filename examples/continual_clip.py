@@ -15,7 +15,12 @@ Your own data, one phase for each value of a column, starting from a pretrained 
     accelerate launch examples/continual_clip.py --model_name_or_path openai/clip-vit-base-patch32 \
         --dataset_name my_folder --caption_column text --phase_column month --num_train_epochs 5
 
-The same from a file, flags override it:
+With low-rank adapters, which need little memory beside the model (`pip install "hf_modx[peft]"`); the teacher is the
+model without its adapter:
+
+    accelerate launch examples/continual_clip.py --peft lora --lora_rank 16
+
+The same from a file, flags override it (`examples/lora_one_gpu.yaml` is one for a pretrained CLIP on a small GPU):
 
     accelerate launch examples/continual_clip.py config.yaml --seed 1
 
@@ -47,7 +52,7 @@ from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
 from hf_modx.provenance import is_hub_id
-from hf_modx.recipes import recipe_name
+from hf_modx.recipes import recipe_arguments, recipe_name
 
 logger = logging.getLogger("hf_modx.example")
 
@@ -202,12 +207,17 @@ def use_all_cores(args: ModXTrainingArguments) -> None:
 
 
 def defaults(chosen, given: set[str]) -> dict:
-    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data."""
-    settings = {"output_dir": f"runs/{recipe_name(parts_of(chosen.recipe))}-seed{chosen.seed}"}
+    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data, and a
+    recipe those that belong to its method."""
+    recipe = parts_of(chosen.recipe)
+    settings = {"output_dir": f"runs/{recipe_name(recipe)}-seed{chosen.seed}"}
     if chosen.dataset_name is None and chosen.model_name_or_path is None:
         settings |= DEMO_DEFAULTS
         if "num_train_epochs" in given:
             del settings["max_steps"]
+    settings |= recipe_arguments(recipe)
+    if "text_learning_rate" in given:
+        settings["text_learning_rate_factor"] = None
     return settings
 
 

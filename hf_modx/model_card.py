@@ -16,6 +16,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .adapter import has_adapter
 from .callbacks import LossCallback
 from .card_metadata import (
     as_list,
@@ -31,10 +32,10 @@ from .card_metadata import (
 )
 from .evaluation import EvaluationMatrix
 from .files import read_json, write_text
-from .identity import HYPERPARAMETERS
+from .identity import hyperparameters, is_adapter
 from .markdown import escaped, table
 from .plots import draw_matrix
-from .provenance import cached_commit, data_source, environment, is_hub_id
+from .provenance import adapter_base, cached_commit, data_source, environment, is_hub_id
 
 if TYPE_CHECKING:
     from .trainer import ModXTrainer
@@ -134,7 +135,12 @@ def write_card_of_run(run: Path, number: int, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     identity, results = read_json(run / "run.json")["identity"], read_json(run / "results.json")
-    write_phase_card(folder, identity, results, number, config=read_json(run / f"phase-{number}" / "config.json"))
+    write_phase_card(folder, identity, results, number, config=phase_config(run, number))
+
+
+def phase_config(run: Path, number: int) -> dict[str, Any] | None:
+    """The `config.json` of the model of a phase; an adapter has that of its base."""
+    return read_json(run / f"phase-{number}" / "config.json") or read_json(run / "phase-0" / "config.json")
 
 
 def phase_card(
@@ -166,12 +172,14 @@ def phase_card(
     headline, *_ = headlines = _headlines(results)
     recipe_args = identity["recipe_args"] if number else {}
     record = _training(results, number) if number else {}
+    adapts = is_adapter(identity, number)
     return _render(
-        phase_metadata(results, number, config, repo_id),
+        phase_metadata(results, number, config, repo_id, adapts),
         config,
         repo_id or f"phase-{number}",
         revision,
         is_published=repo_id is not None,
+        adapter_base=adapter_base(results.get("model", {}), repo_id) if adapts else None,
         title=_title(identity, number, config),
         what=_what(identity, results, number),
         headline=metric_name(headline),
@@ -228,7 +236,8 @@ def trainer_card(
         model_name or folder,
         config,
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=("adapter" if has_adapter(trainer.model) else "finetune") if base else None,
+        library_name="peft" if has_adapter(trainer.model) else None,
         datasets=as_list(dataset_tags),
         language=language,
         license=license,
@@ -254,7 +263,7 @@ def trainer_card(
         lineage=f"- Base model: {_hub_link(base)}" if base else "",
         recipe=f"{escaped(' + '.join(recipe_args))}: {trainer.state.global_step} steps{_time_of(history)}.",
         options=_options_table(recipe_args),
-        hyperparameters=_settings_table({name: getattr(args, name) for name in HYPERPARAMETERS}),
+        hyperparameters=_settings_table(hyperparameters(args)),
         data=_trainer_data_table(trainer),
         environment=_environment_table(environment(args.device, args.world_size)),
         limits=[],
@@ -391,9 +400,11 @@ def _what(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) 
     if number == 0:
         return "The model before the first phase of a continual run with hf_modx."
     learned = ", ".join(escaped(phase["name"]) for phase in identity["phases"][:number])
+    what = "A dual encoder for images and texts"
+    if is_adapter(identity, number):
+        what = "A LoRA adapter of a dual encoder for images and texts, one for all phases so far"
     return (
-        f"A dual encoder for images and texts, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on "
-        f"a stream of phases: {learned}."
+        f"{what}, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on a stream of phases: {learned}."
     )
 
 
@@ -542,11 +553,11 @@ def _render(
     revision: str | None,
     *,
     is_published: bool,
+    adapter_base: tuple[str, str | None] | None = None,
     **sections: Any,
 ) -> str:
-    """The card; a section that is empty is left out."""
-    # JSON's strings are Python's too, on one line whatever they hold.
-    location = json.dumps(load_from) + (f", revision={json.dumps(revision)}" if revision else "")
+    """The card; a section that is empty is left out. `adapter_base`: name and revision of what it is an adapter of."""
+    location = _location(load_from, revision)
     is_sigmoid = model_type(config) in SIGMOID
     positions = config.get("text_config", {}).get("max_position_embeddings", 0)
     enough = positions >= (SIGMOID_POSITIONS if is_sigmoid else PIPELINE_POSITIONS)
@@ -555,12 +566,19 @@ def _render(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         location=location,
         is_published=is_published,
+        base_location=_location(*adapter_base) if adapter_base is not None else None,
         padding=f'padding="max_length", max_length={positions}' if is_sigmoid else "padding=True",
         probabilities="sigmoid()" if is_sigmoid else "softmax(dim=-1)",
-        has_pipeline=enough and has_zero_shot_pipeline(config),
+        has_pipeline=enough and has_zero_shot_pipeline(config) and adapter_base is None,
         **sections,
     )
     return str(card).rstrip() + "\n"
+
+
+def _location(name: str, revision: str | None) -> str:
+    """The arguments of `from_pretrained`."""
+    # JSON's strings are Python's too, on one line whatever they hold.
+    return json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -148,6 +148,22 @@ def test_sizes_can_be_limited(example, tmp_path):
     assert set(results["test_pairs"].values()) == {5}
 
 
+def test_adapters_are_a_flag_and_a_recipe_brings_its_own_settings(example, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    example("--dataset_name", str(tmp_path / "data"), "--recipe", "cclip", "--lora_merge", "false")
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["hyperparameters"]
+    assert (settings["peft"], settings["lora_rank"], settings["lora_dropout"]) == ("lora", 16, 0.1)
+    assert settings["text_learning_rate_factor"] == 10 and settings["lora_merge"] is False
+    assert (tmp_path / "out" / "phase-2" / "adapter_model.safetensors").exists()
+
+
+def test_configuration_for_one_gpu_is_taken_as_it_stands(start, tmp_path, capsys):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--model_name_or_path", start, "--use_cpu", "true", "--dry_run"]
+    continual_clip.main([str(ROOT / "examples" / "lora_one_gpu.yaml"), *flags])
+    assert "Recipe modx, 512 pairs a step" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

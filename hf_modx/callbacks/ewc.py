@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
+from ..trained_weights import trained_weights
 from .base import LossCallback, LossContext, PhaseBoundary
 from .contrastive import contrastive_loss
 
@@ -18,6 +19,9 @@ class EWC(LossCallback):
     batches b of N pairs, `F_k = mean_b N (d L_b / d theta)^2`: the gradient of a mean over N pairs has an N-th
     of the variance of one pair's. (A contrastive loss is no sum over pairs, so there are no gradients of single ones
     to take it from: the formula is our reading.) It is taken at the weights that the phase leaves.
+
+    With a LoRA adapter theta are the weights with its change added, and F_k is taken with respect to those: what the
+    factors of one adapter are worth says nothing of the next one's.
 
     Where the stream has a base, its Fisher matrix protects it in the first phase; otherwise the first phase is plain
     fine-tuning.
@@ -51,12 +55,11 @@ class EWC(LossCallback):
     ) -> dict[str, Tensor]:
         if not self._fisher:
             return {}
-        now = dict(context.model.named_parameters())
         penalty = torch.zeros((), device=student.image.device)
-        for name, start in context.phase_start.items():
+        for name, weight in trained_weights(context.model).items():
             if name in self._fisher:
-                self._fisher[name] = self._fisher[name].to(start.device)
-                penalty = penalty + (self._fisher[name] * (now[name] - start).square()).sum()
+                self._fisher[name] = self._fisher[name].to(weight.device)
+                penalty = penalty + (self._fisher[name] * (weight - context.phase_start[name]).square()).sum()
         return {"ewc": self.weight / 2 * penalty}
 
     def finish_phase(self, phase: PhaseBoundary) -> None:
