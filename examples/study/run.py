@@ -39,6 +39,7 @@ import tables  # noqa: E402
 from hf_modx.files import read_json, write_json  # noqa: E402
 
 STREAMS = "domain,class,instance"
+INTERRUPTED = 130
 BASE = "frozen"
 """The recipe that only trains the base: it runs first, so that the others find the base in the cache."""
 
@@ -85,6 +86,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not options.tables_only:
             carry_out(runs, options)
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command again to go on.", flush=True)
+        return INTERRUPTED
     finally:
         tables.write(options.output_dir, figures=True, cards=True)
     print((options.output_dir / "tables.md").read_text(encoding="utf-8"))

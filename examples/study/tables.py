@@ -114,7 +114,8 @@ def state(run: Path) -> str:
         return "finished"
     if (reason := failure(run)) is not None:
         return f"failed: {reason}"
-    return "unfinished: {} of {} phases".format(*progress(run))
+    done, of = progress(run)
+    return f"unfinished: {done} of {of} phases" if of else "unfinished: no phase yet"
 
 
 # ---- What they say ----
