@@ -17,6 +17,7 @@ To choose options, `--tune --seeds 10,11` shows the first two phases and other h
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ import tables  # noqa: E402
 from hf_modx.files import read_json, write_json  # noqa: E402
 
 STREAMS = "domain,class,instance"
+LOG = "log.txt"
 INTERRUPTED = 130
 BASE = "frozen"
 """The recipe that only trains the base: it runs first, so that the others find the base in the cache."""
@@ -188,6 +191,7 @@ def refuse_other_settings(runs: Sequence[Run]) -> None:
 
 def carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Bases first, then the rest; tables are written whenever a run has ended."""
+    logging.basicConfig(format="%(message)s")  # before a run in this process ties it to its own log
     unfinished = [run for run in runs if not tables.is_finished(run.folder)]
     bases = [run for run in unfinished if run.recipe == BASE]
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
@@ -250,12 +254,16 @@ class Workers:
     def _here(run: Run) -> str | None:
         import continual_clip  # takes seconds, which the processes of several jobs spend anyway
 
-        try:
-            continual_clip.main(run.argv)
-        except (Exception, SystemExit) as error:
-            (run.folder / "log.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            return f"{type(error).__name__}: {error}"
-        return None
+        with open(run.folder / LOG, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            try:
+                continual_clip.main(run.argv)
+            except SystemExit as error:
+                print(error.code if isinstance(error.code, str) else "", file=log)
+            except Exception:
+                traceback.print_exc(file=log)
+            else:
+                return None
+        return last_words(run.folder / LOG, status=1)
 
     def _apart(self, run: Run) -> str | None:
         environment = {
@@ -264,12 +272,12 @@ class Workers:
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
         command = [sys.executable, str(STUDY.parent / "continual_clip.py"), *run.argv]
-        with open(run.folder / "log.txt", "w", encoding="utf-8") as log:
+        with open(run.folder / LOG, "w", encoding="utf-8") as log:
             process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
             self.live.add(process)
             status = process.wait()
             self.live.discard(process)
-        return None if status == 0 else last_words(run.folder / "log.txt", status)
+        return None if status == 0 else last_words(run.folder / LOG, status)
 
 
 def last_words(log: Path, status: int) -> str:
