@@ -147,6 +147,12 @@ def test_measures_of_a_run():
     )
 
 
+def test_a_model_that_finds_nothing_is_named():
+    matrix = [[0.5, 0.5, 0.5, 0.5], [0.0, 0.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    assert tables.has_collapsed({"matrix": {"image_to_text_recall@10": matrix}})
+    assert not tables.has_collapsed({"matrix": {"image_to_text_recall@10": matrix[:2]}})
+
+
 def test_difference_is_paired_by_seed_with_a_t_interval():
     found = tables.paired(tables.spread({0: 0.5, 1: 0.7, 2: 0.6}), tables.spread({2: 0.3, 1: 0.5, 0: 0.4, 7: 0.9}))
     assert found["seeds"] == 3 and found["mean"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)

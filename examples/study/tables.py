@@ -212,8 +212,11 @@ def ratio(one: float | None, other: float | None) -> float | None:
 
 
 def costs(cell: Cell) -> dict[str, str]:
-    """A run's price beside the student's own pairs, which are the same for all but joint."""
+    """What a recipe takes beside the student's own pairs, as many a step for all. Where every phase starts from the
+    base, as joint's do, the steps are those to the last model."""
     training, parts = cell.results["training"], read_json(cell.folder / "run.json")["identity"]
+    if all(record["starts_from"] == 0 for record in training):
+        training = training[-1:]
     steps = sum(record["steps"] for record in training)
     seconds = sum(record["train_runtime"] or 0 for record in training)
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
@@ -233,6 +236,11 @@ def costs(cell: Cell) -> dict[str, str]:
 # ---- Tables ----
 
 
+def has_collapsed(results: Mapping[str, Any]) -> bool:
+    """Chance alone would find some."""
+    return not any(results["matrix"]["image_to_text_recall@10"][-1])
+
+
 def chapter(cells: Sequence[Cell]) -> str:
     """All of one stream."""
     found, recipes = summary(cells), finished(cells)
@@ -244,6 +252,14 @@ def chapter(cells: Sequence[Cell]) -> str:
     if unfinished:
         lines += ["Not in these tables:", ""]
         lines += [f"- {cell.recipe}, seed {cell.seed}: {cell.state}" for cell in unfinished]
+    collapsed = [cell for cell in cells if cell.results is not None and has_collapsed(cell.results)]
+    if collapsed:
+        lines += [
+            "",
+            "At the end no image finds its caption among the first ten, diverged or collapsed to one point:",
+            "",
+        ]
+        lines += [f"- {cell.recipe}, seed {cell.seed}" for cell in collapsed]
     return "\n".join([*lines, ""])
 
 
