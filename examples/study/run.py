@@ -277,6 +277,8 @@ class Workers:
             self.live.add(process)
             status = process.wait()
             self.live.discard(process)
+        if status == -signal.SIGTERM:  # whoever ends the jobs may tell them before this process
+            self.stopped.set()
         return None if status == 0 else last_words(run.folder / LOG, status)
 
 

@@ -229,7 +229,7 @@ def costs(cell: Cell) -> dict[str, str]:
         "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
         "stored pairs": f"{stored:,}",
         "extra data": f"{reference['images_per_step']} reference images a step, of the base" if reference else "none",
-        "rows the old model has right": f"{100 * mean(kept):.0f} %" if kept else "not asked",
+        "rows distilled": f"{100 * mean(kept):.0f} %" if kept else "not counted",
     }
 
 
@@ -265,11 +265,13 @@ def chapter(cells: Sequence[Cell]) -> str:
 
 def setting(cell: Cell) -> str:
     record, results = read_json(cell.folder / "run.json"), cell.results
+    validation = "--demo_validation" in read_json(cell.folder / STUDY)["flags"]
     hyper = record["identity"]["hyperparameters"]
     tests = ", ".join(f"{name} {n} ({100 / n:.2f})" for name, n in results["test_pairs"].items())
     phases = ", ".join(f"{phase['name']} {phase['rows']:,}" for phase in record["identity"]["phases"])
     device = next((r["environment"]["device"] for r in results["training"]), "unknown")
     return (
+        f"{'Validation drawings in the place of the tests. ' if validation else ''}"
         f"Pairs to learn: {phases}. Gallery sizes of the tests (recall@1 by chance, percent): {tests}. "
         f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
         f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps. Device: {device}."
@@ -386,7 +388,7 @@ COLOURS = (
     "#882255",
     "#44AA99",
 )
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vPX"  # another number than of colours: their pairs repeat late
 
 
 def draw(streams: Mapping[str, Sequence[Cell]], found: Mapping[str, Mapping], folder: Path) -> None:
