@@ -23,6 +23,13 @@ METRIC = "image_to_text_recall@1"
 METRICS = (METRIC, "image_to_text_recall@5", "image_to_text_mrr", "text_to_image_recall@1")
 REFERENCE, BOUND = "finetune", "joint"
 
+EXTRA = {
+    "ReferenceDistillation": "{images_per_step} reference images a step ({image_source})",
+    "IncCLIP": "a text made for each stored pair, and embedded with it",
+    "EWC": "gradients of {batches} batches a phase",
+}
+"""What a callback takes that is no replayed pair and no pass of the teacher over the batch."""
+
 # Quantile 0.975 of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -215,20 +222,21 @@ def costs(cell: Cell) -> dict[str, str]:
     """What a recipe takes beside the student's own pairs, as many a step for all. Where every phase starts from the
     base, as joint's do, the steps are those to the last model."""
     training, parts = cell.results["training"], read_json(cell.folder / "run.json")["identity"]
+    options = parts["recipe_args"]
     if all(record["starts_from"] == 0 for record in training):
         training = training[-1:]
     steps = sum(record["steps"] for record in training)
     seconds = sum(record["train_runtime"] or 0 for record in training)
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
-    live = [getattr(callbacks, name) for name in parts["recipe_args"] if hasattr(callbacks, name)]
-    reference = parts["recipe_args"].get("ReferenceDistillation")
+    live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
+    extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),
         "ms a step": f"{1000 * seconds / steps:.0f}" if steps else "0",
         "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
         "stored pairs": f"{stored:,}",
-        "extra data": f"{reference['images_per_step']} reference images a step, of the base" if reference else "none",
+        "extra data and passes": ", ".join(extra) or "none",
         "rows distilled": f"{100 * mean(kept):.0f} %" if kept else "not counted",
     }
 
