@@ -175,10 +175,12 @@ def flags_of(
 
 
 def refuse_other_settings(runs: Sequence[Run]) -> None:
-    """A folder with runs of other settings is not gone on with: the table would mix them."""
+    """A folder with runs of other settings is not gone on with: the table would mix them. One that has failed before it
+    began may be corrected."""
     for run in runs:
         before = read_json(run.folder / tables.STUDY)
-        if before is not None and before["flags"] != list(run.flags):
+        has_begun = (run.folder / "run.json").exists()
+        if before is not None and has_begun and before["flags"] != list(run.flags):
             changed = sorted(set(before["flags"]) ^ set(run.flags))
             raise SystemExit(
                 f"{run.folder} holds a run with other settings ({', '.join(changed)}). Choose another --output_dir, "
