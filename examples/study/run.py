@@ -175,7 +175,7 @@ def flags_of(
 
 
 def refuse_other_settings(runs: Sequence[Run]) -> None:
-    """A folder with runs of other settings is not gone on with: the table would mix them. One that has failed before it
+    """A folder with runs of other settings is not gone on with: the table would mix them. One that failed before it
     began may be corrected."""
     for run in runs:
         before = read_json(run.folder / tables.STUDY)
