@@ -91,8 +91,8 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
 
     Args:
         stream: one with a base.
-        args: columns, seed, batch size, augmentation and where to run are used; all else is the base's own, so that
-            runs with other optimizers or frozen towers start from the same weights too.
+        args: columns, seed, batch size, augmentation, precision and where to run are used; all else is the base's own,
+            so that runs with other optimizers or frozen towers start from the same weights too.
         base_max_steps: optimizer steps.
 
     Returns:
@@ -110,6 +110,8 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
         "learning_rate": BASE_LEARNING_RATE,
         "batch": args.contrastive_batch_size,
         "image_augmentation": args.image_augmentation,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = Path(constants.HF_HOME) / "hf_modx" / "bases" / fingerprint
@@ -147,7 +149,11 @@ def _train_base(model, processor, base: Phase, args: ModXTrainingArguments, max_
 
 def _base_args(args: ModXTrainingArguments, max_steps: int, output_dir: str) -> ModXTrainingArguments:
     columns = ("image_column", "caption_column", "pair_id_column")
-    shared = ("image_augmentation", "per_device_train_batch_size", "seed", "use_cpu", "disable_tqdm")
+    # The precision too: accelerate holds one for the whole process.
+    shared = (
+        *("image_augmentation", "per_device_train_batch_size", "dataloader_num_workers"),
+        *("seed", "use_cpu", "bf16", "fp16", "disable_tqdm"),
+    )
     return ModXTrainingArguments(
         output_dir=output_dir,
         max_steps=max_steps,
