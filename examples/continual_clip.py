@@ -10,6 +10,10 @@ Plain fine-tuning and the joint upper bound on the same start weights:
     accelerate launch examples/continual_clip.py --recipe finetune
     accelerate launch examples/continual_clip.py --recipe joint
 
+New groups of concepts in the place of new renderings, and two recipes added up:
+
+    accelerate launch examples/continual_clip.py --demo_stream class --recipe er+modx
+
 Your own data, one phase for each value of a column, starting from a pretrained CLIP:
 
     accelerate launch examples/continual_clip.py --model_name_or_path openai/clip-vit-base-patch32 \
