@@ -341,7 +341,7 @@ def _summary_table(results: Mapping[str, Any], number: int, metrics: Sequence[st
 def _scores_table(results: Mapping[str, Any], number: int) -> str:
     rows = [
         [escaped(metric_name(metric)), *(_score(metric, value) for value in values[number])]
-        for metric, values in results["matrix"].items()
+        for metric, values in {**results["matrix"], **results.get("ranks", {})}.items()
     ]
     return table(["metric", *map(escaped, results["tests"])], [row for row in rows if any(row[1:])])
 

@@ -24,8 +24,9 @@ from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
 from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs, longest_caption
-from .evaluation.encoding import EncodedPairs, encode_pairs
+from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
+from .evaluation.suite import LabelTest
 from .files import write_text
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
@@ -426,12 +427,13 @@ class ModXTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        eval_dataset: Dataset | LabelTest | dict[str, Dataset | LabelTest] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Retrieval on the whole test set: `{prefix}_image_to_text_recall@1` and so on, fractions in [0, 1], and
-        `{prefix}_loss`, the InfoNCE over all its pairs (first captions). Sharded over processes, identical on each."""
+        `{prefix}_loss`, the InfoNCE over all its pairs (first captions). Of a `LabelTest` its own metrics. Sharded
+        over processes, identical on each."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
@@ -443,7 +445,10 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        values = self._metrics(self._encode(eval_dataset))
+        if isinstance(eval_dataset, LabelTest):
+            values = self._measure(eval_dataset)
+        else:
+            values = self._metrics(self._encode(eval_dataset))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
@@ -464,6 +469,18 @@ class ModXTrainer(Trainer):
             )
         self.model.train(was_training)
         return encoded
+
+    def _measure(self, test: LabelTest) -> dict[str, float]:
+        was_training = self.model.training
+        self.model.eval()
+        args = self.args
+        encoder = Encoder(
+            self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
+        )
+        with self.accelerator.autocast():
+            values = test.measure(encoder)
+        self.model.train(was_training)
+        return values
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
@@ -751,7 +768,7 @@ class ModXTrainer(Trainer):
         if self._uses_columns:
             sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in (self.train_dataset, *sets.values()):
-                if dataset is not None:
+                if dataset is not None and not isinstance(dataset, LabelTest):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return
