@@ -21,6 +21,12 @@ QUICK = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """The example would take all cores of this process, and processes forked off threads hang."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.fixture
 def start(model, processor, tmp_path):
     """The tiny model as a folder."""

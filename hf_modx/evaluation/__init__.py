@@ -1,9 +1,11 @@
 """Evaluation: retrieval, zero-shot classification, linear probes, and the phase x test matrix."""
 
+from .disorder import SpatialDisorder, imav, spatial_disorder
 from .encoding import EncodedPairs, Encoder, encode_pairs
 from .linear_probe import linear_probe_accuracy
 from .matrix import EvaluationMatrix
 from .retrieval import retrieval_metrics, retrieval_ranks
+from .seeds import OverSeeds, mean_and_spread
 from .suite import LabelTest, LinearProbeTest, RetrievalTest, ZeroShotTest, load_tests
 from .zero_shot import class_embeds, per_class_top1, zero_shot_metrics
 
@@ -13,14 +15,19 @@ __all__ = [
     "EvaluationMatrix",
     "LabelTest",
     "LinearProbeTest",
+    "OverSeeds",
     "RetrievalTest",
+    "SpatialDisorder",
     "ZeroShotTest",
     "class_embeds",
     "encode_pairs",
+    "imav",
     "linear_probe_accuracy",
     "load_tests",
+    "mean_and_spread",
     "per_class_top1",
     "retrieval_metrics",
     "retrieval_ranks",
+    "spatial_disorder",
     "zero_shot_metrics",
 ]

@@ -35,6 +35,12 @@ class EncodedPairs:
     text_ids: Tensor
     text_rows: Tensor
 
+    @classmethod
+    def of_pairs(cls, image: Tensor, text: Tensor) -> "EncodedPairs":
+        """N images with one caption each, (N, D) and (N, D)."""
+        numbers = torch.arange(len(image), device=image.device)
+        return cls(image, text, numbers, numbers, numbers)
+
     def first_captions(self) -> Tensor:
         """(N,) indices into `text`: the first caption of each row."""
         return torch.searchsorted(self.text_rows, torch.arange(len(self.image), device=self.text_rows.device))
