@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,10 @@ from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState
 from .callbacks import LossCallback, check_recipe, replay_of
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
+from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
 from .embeddings import check_dual_encoder, longest_caption
-from .evaluation import EvaluationMatrix
+from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
 from .files import publish_file, publish_folder, read_json, write_json
@@ -215,6 +217,7 @@ class ContinualRun:
         phases = [phase.name for phase in stream]
         base = stream.base.name if stream.base is not None else None
         self._taught = {name: phase_number(test.learned_at, phases, base) for name, test in tests.items()}
+        self.disorder = DisorderOfRun(self._encode)
         self.label_tests = {name: test for name, test in tests.items() if isinstance(test, LabelTest)}
         retrieval = {
             name: test.with_columns(*self._columns) for name, test in tests.items() if isinstance(test, RetrievalTest)
@@ -463,18 +466,44 @@ class ContinualRun:
             return is_new
         if missing and trainer is None:
             trainer = self._trainer(number, self._load_phase(number), None)
+        if trainer is not None and self.args.spatial_disorder:
+            trainer.on_encoded = partial(self.disorder.keep, number)
         for name, test in missing.items():
             values = trainer.evaluate(test, metric_key_prefix=name)
             row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
+        if is_new and self.args.spatial_disorder:
+            self._measure_disorder(number, trainer)
         if missing or is_new:
             on_main_process(lambda: self._write_results(number))
         return is_new
 
+    def _measure_disorder(self, number: int, trainer: ModXTrainer | None) -> None:
+        self._live = {number: trainer} if trainer is not None else {}
+        first = 0 if self.stream.base is not None else 1
+        sampled = range(first, len(self.stream) + 1) if self.args.imav_samples else ()
+        try:
+            self._disorder[number] = self.disorder.measure(number, self.tests, sampled)
+        except FileNotFoundError as error:
+            logger.warning("No spatial disorder of phase %d. %s", number, error)
+        self._live = {}
+
+    def _encode(self, number: int, what: str | int) -> EncodedPairs:
+        """What the model after a phase says to a test, or to training pairs of a phase."""
+        if isinstance(what, str):
+            dataset, _ = self.tests[what]
+        else:
+            part = self.stream.base if what == 0 else self.stream.phases[what - 1]
+            dataset = training_sample(part.train, self.args.imav_samples)
+        trainer = self._live.get(number) or self._trainer(number, self._load_phase(number), None)
+        return trainer.encode(dataset)
+
     def _read_results(self) -> None:
         results = read_json(self.folder / RESULTS)
         self._rows: list[dict[str, dict[str, float]]] = []
+        self._disorder: dict[int, dict[str, Any] | None] = {}
         if results is None:
             return
+        self._disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
         matrices = {**results["matrix"], **results.get("ranks", {})}
         for number in range(len(next(iter(matrices.values())))):
             row: dict[str, dict[str, float]] = {}
@@ -522,7 +551,12 @@ class ContinualRun:
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self._disorder_results(number),
         }
+
+    def _disorder_results(self, number: int) -> dict[str, Any]:
+        phases = [self._disorder.get(k) for k in range(number + 1)]
+        return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
 
     def _learned_at(self) -> list[int | None]:
         of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}

@@ -46,6 +46,13 @@ HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
 
+MOVEMENTS = (
+    "images turned",
+    "angles between images",
+    "texts turned",
+    "angles between texts",
+    "images against texts",
+)
 MEANINGS = {
     "average": "mean of all values after a phase",
     "last": "mean of the last row",
@@ -168,6 +175,7 @@ def phase_card(
         summary=_summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",
         scores=_scores_table(results, number),
+        disorder=_disorder_table(results, number),
         lineage=_lineage(identity, results.get("model", {})),
         recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
         phases=_phases_table(identity, results, number),
@@ -350,6 +358,22 @@ def _score(metric: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:g}" if metric.endswith("_rank") else f"{100 * value:.1f}"
+
+
+def _disorder_table(results: Mapping[str, Any], number: int) -> str:
+    """Mean angles in degrees; see `hf_modx.evaluation.disorder`."""
+    phases = results.get("spatial_disorder", {}).get("phases", [])
+    found = phases[number] if number < len(phases) else None
+    rows = []
+    for since, name in (("since_previous", "the phase before"), ("since_start", "the start")):
+        if found is None or (since == "since_start" and number == 1):  # the same
+            continue
+        for test, measured in found[since]["tests"].items():
+            if measured is not None:
+                angles = [measured[side][kind]["mean"] for side in ("image", "text") for kind in ("ram", "sam")]
+                angles.append(measured["intermodal_rotation"])
+                rows.append([name, escaped(test), *("" if angle is None else f"{angle:.1f}" for angle in angles)])
+    return table(["compared with", "test", *MOVEMENTS], rows)
 
 
 def _limits(results: Mapping[str, Any], number: int, metric: str) -> list[str]:

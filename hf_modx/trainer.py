@@ -132,6 +132,8 @@ class ModXTrainer(Trainer):
             self._remember_phase_start()
         self._records: dict[str, tuple[Tensor, int]] = {}
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
+        self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
+        """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
@@ -448,14 +450,18 @@ class ModXTrainer(Trainer):
         if isinstance(eval_dataset, LabelTest):
             values = self._measure(eval_dataset)
         else:
-            values = self._metrics(self._encode(eval_dataset))
+            encoded = self.encode(eval_dataset)
+            if self.on_encoded is not None:
+                self.on_encoded(metric_key_prefix, encoded)
+            values = self._metrics(encoded)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _encode(self, dataset: Dataset) -> EncodedPairs:
+    def encode(self, dataset: Dataset) -> EncodedPairs:
+        """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""
         was_training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():
@@ -499,7 +505,7 @@ class ModXTrainer(Trainer):
     ) -> PredictionOutput:
         """Embeddings instead of batch-local logits: `predictions = (images (N, D), texts (C, D))`, `label_ids` their
         pair ids, in the order of the rows with all captions of each; `metrics` as `evaluate` names them."""
-        encoded = self._encode(test_dataset)
+        encoded = self.encode(test_dataset)
         prediction = encoded.as_predictions()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics(encoded).items()}
         return PredictionOutput(prediction.predictions, prediction.label_ids, metrics)

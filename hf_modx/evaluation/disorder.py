@@ -51,8 +51,8 @@ class ModalityDisorder:
         rotation: mean angle by which the best orthogonal map R of the old embeddings onto the new ones turns them,
             in degrees.
         rotation_residual: mean angle between R v_old and v_new: what is no common rotation, in degrees.
-        rotation_share: part of the squared change that R explains, 1 - sum |R v_old - v_new|^2 / sum |v_old - v_new|^2,
-            in [0, 1]; None where nothing has changed.
+        rotation_share: part of the squared change that R explains, in [0, 1]:
+            1 - sum |R v_old - v_new|^2 / sum |v_old - v_new|^2; None where nothing has changed.
     """
 
     sam: Histogram
