@@ -28,6 +28,10 @@ The same from a file, flags override it (`examples/lora_one_gpu.yaml` is one for
 
     accelerate launch examples/continual_clip.py config.yaml --seed 1
 
+Further tests after every phase, declared in a file: other data, zero-shot classification, linear probes:
+
+    accelerate launch examples/continual_clip.py --tests tests.yaml
+
 Every phase as a revision of one repository on the Hub (after `hf auth login`), private unless told otherwise:
 
     accelerate launch examples/continual_clip.py --push_to_hub --hub_model_id my_clip
@@ -49,10 +53,11 @@ import torch
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
+from hf_modx.card_metadata import metric_name
 from hf_modx.cli import parse_arguments
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
 from hf_modx.demo_streams import DEMO_STREAMS
-from hf_modx.evaluation import EvaluationMatrix
+from hf_modx.evaluation import EvaluationMatrix, load_tests
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
 from hf_modx.provenance import is_hub_id
@@ -104,6 +109,13 @@ class ScriptArguments:
     phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
     test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
+    tests: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of further tests, each with name, kind (retrieval, zero_shot, linear_probe), dataset, "
+            "columns and, of classes, templates; see hf_modx.evaluation.load_tests."
+        },
+    )
     recipe: list[str] = field(
         default_factory=lambda: ["modx"],
         metadata={
@@ -174,6 +186,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     use_all_cores(args)
     stream = load_stream(script, args)
+    tests = load_tests(script.tests) if script.tests is not None else None
     if script.dry_run:
         if args.process_index == 0:
             print(plan(stream, script, args))
@@ -188,6 +201,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         revision=script.model_revision,
         recipe_args=script.recipe_options,
         base_max_steps=script.base_max_steps,
+        tests=tests,
     )
     unpublished = None
     try:
@@ -312,8 +326,12 @@ def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArgumen
 
 def report(run: ContinualRun, matrix: EvaluationMatrix) -> str:
     summary = {name: value for name, value in matrix.summary().items() if value is not None}
-    lines = ["", "Image-to-text recall@1 in percent (bold: the phase that teaches the test)", "", matrix.to_markdown()]
+    headline = f"{metric_name(run.metrics[0])} in percent (bold: the phase that teaches the test)"
+    lines = ["", headline, "", matrix.to_markdown()]
     lines += ["", ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in summary.items())]
+    for metric in ("zero_shot_top1", "linear_probe_top1"):
+        if metric in run.metrics[1:]:
+            lines += ["", f"{metric_name(metric)} in percent", "", run.matrix(metric).to_markdown()]
     lines += [f"Checkpoints: {run.folder}/phase-0 to {run.phase_folder(len(run.stream)).name}"]
     return "\n".join(lines)
 

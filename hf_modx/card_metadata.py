@@ -11,6 +11,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLA
 
 from .files import write_text
 
+RETRIEVAL = ("image-text-retrieval", "Image-text retrieval")
+TASKS = {
+    "zero_shot": ("zero-shot-image-classification", "Zero-shot image classification"),
+    "linear_probe": ("image-classification", "Image classification with a linear probe"),
+}
+"""Type and name of the task by the first words of a metric; all others are retrieval."""
+
 
 def card_metadata(
     results: list[EvalResult], model_name: str, config: Mapping[str, Any], **fields: Any
@@ -70,10 +77,10 @@ def _eval_results(results: Mapping[str, Any], number: int) -> list[EvalResult]:
 
 def eval_result(test: str, metric: str, value: float, source: Mapping[str, Any]) -> EvalResult:
     """One entry of a model-index; `source` is what is known of the test's data (see `data_source`)."""
-    zero_shot = metric.startswith("zero_shot")
+    task_type, task_name = next((task for prefix, task in TASKS.items() if metric.startswith(prefix)), RETRIEVAL)
     return EvalResult(
-        task_type="zero-shot-image-classification" if zero_shot else "image-text-retrieval",
-        task_name="Zero-shot image classification" if zero_shot else "Image-text retrieval",
+        task_type=task_type,
+        task_name=task_name,
         dataset_type=source.get("dataset_id", "custom"),
         dataset_name=test,
         dataset_config=test,  # results that share type, config and split would be taken for one test's
@@ -123,7 +130,7 @@ def write_eval_results(folder: Path, results: Mapping[str, Any], number: int) ->
 def metric_name(metric: str) -> str:
     """`image_to_text_recall@1` -> `Image-to-text recall@1`."""
     name = metric.replace("_to_", "-to-").replace("zero_shot", "zero-shot").replace("_", " ")
-    name = re.sub(r"\bmrr\b", "MRR", name)
+    name = re.sub(r"\bmrr\b", "MRR", re.sub(r"\bmap\b", "mAP", re.sub(r"\btop(?=\d)", "top-", name)))
     return name[:1].upper() + name[1:]
 
 

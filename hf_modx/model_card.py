@@ -50,6 +50,13 @@ PIPELINE_POSITIONS = 32
 SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
 """Types of models with a sigmoid loss, and the length to which the zero-shot pipeline pads their labels."""
 
+MOVEMENTS = (
+    "images turned",
+    "angles between images",
+    "texts turned",
+    "angles between texts",
+    "images against texts",
+)
 MEANINGS = {
     "average": "mean of all values after a phase",
     "last": "mean of the last row",
@@ -188,6 +195,7 @@ def phase_card(
         summary=_summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",
         scores=_scores_table(results, number),
+        disorder=_disorder_table(results, number),
         lineage=_lineage(identity, results.get("model", {})),
         recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
         phases=_phases_table(identity, results, number),
@@ -363,7 +371,7 @@ def _summary_table(results: Mapping[str, Any], number: int, metrics: Sequence[st
 def _scores_table(results: Mapping[str, Any], number: int) -> str:
     rows = [
         [escaped(metric_name(metric)), *(_score(metric, value) for value in values[number])]
-        for metric, values in results["matrix"].items()
+        for metric, values in {**results["matrix"], **results.get("ranks", {})}.items()
     ]
     return table(["metric", *map(escaped, results["tests"])], [row for row in rows if any(row[1:])])
 
@@ -372,6 +380,22 @@ def _score(metric: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:g}" if metric.endswith("_rank") else f"{100 * value:.1f}"
+
+
+def _disorder_table(results: Mapping[str, Any], number: int) -> str:
+    """Mean angles in degrees; see `hf_modx.evaluation.disorder`."""
+    phases = results.get("spatial_disorder", {}).get("phases", [])
+    found = phases[number] if number < len(phases) else None
+    rows = []
+    for since, name in (("since_previous", "the phase before"), ("since_start", "the start")):
+        if found is None or (since == "since_start" and number == 1):  # the same
+            continue
+        for test, measured in found[since]["tests"].items():
+            if measured is not None:
+                angles = [measured[side][kind]["mean"] for side in ("image", "text") for kind in ("ram", "sam")]
+                angles.append(measured["intermodal_rotation"])
+                rows.append([name, escaped(test), *("" if angle is None else f"{angle:.1f}" for angle in angles)])
+    return table(["compared with", "test", *MOVEMENTS], rows)
 
 
 def _limits(results: Mapping[str, Any], number: int, metric: str) -> list[str]:

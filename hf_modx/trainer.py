@@ -35,8 +35,9 @@ from .embeddings import (
     pair_embeddings,
 )
 from .energy import EnergyMeter
-from .evaluation.encoding import EncodedPairs, encode_pairs
+from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
+from .evaluation.suite import LabelTest
 from .files import write_text
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
@@ -152,6 +153,8 @@ class ModXTrainer(Trainer):
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
         self.add_callback(self._along)
+        self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
+        """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
@@ -470,13 +473,13 @@ class ModXTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        eval_dataset: Dataset | LabelTest | dict[str, Dataset | LabelTest] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Retrieval on the whole test set: `{prefix}_image_to_text_recall@1` and so on, fractions in [0, 1], and
-        `{prefix}_loss`, the contrastive loss over all its pairs (first captions). Sharded over processes, identical on
-        each."""
+        `{prefix}_loss`, the contrastive loss over all its pairs (first captions). Of a `LabelTest` its own metrics.
+        Sharded over processes, identical on each."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
@@ -488,14 +491,21 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        values = self._metrics(self._encode(eval_dataset))
+        if isinstance(eval_dataset, LabelTest):
+            values = self._measure(eval_dataset)
+        else:
+            encoded = self.encode(eval_dataset)
+            if self.on_encoded is not None:
+                self.on_encoded(metric_key_prefix, encoded)
+            values = self._metrics(encoded)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _encode(self, dataset: Dataset) -> EncodedPairs:
+    def encode(self, dataset: Dataset) -> EncodedPairs:
+        """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""
         was_training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():
@@ -509,6 +519,18 @@ class ModXTrainer(Trainer):
             )
         self.model.train(was_training)
         return encoded
+
+    def _measure(self, test: LabelTest) -> dict[str, float]:
+        was_training = self.model.training
+        self.model.eval()
+        args = self.args
+        encoder = Encoder(
+            self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
+        )
+        with self.accelerator.autocast():
+            values = test.measure(encoder)
+        self.model.train(was_training)
+        return values
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
@@ -527,7 +549,7 @@ class ModXTrainer(Trainer):
     ) -> PredictionOutput:
         """Embeddings instead of batch-local logits: `predictions = (images (N, D), texts (C, D))`, `label_ids` their
         pair ids, in the order of the rows with all captions of each; `metrics` as `evaluate` names them."""
-        encoded = self._encode(test_dataset)
+        encoded = self.encode(test_dataset)
         prediction = encoded.as_predictions()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics(encoded).items()}
         return PredictionOutput(prediction.predictions, prediction.label_ids, metrics)
@@ -820,7 +842,7 @@ class ModXTrainer(Trainer):
         if self._uses_columns:
             sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in (self.train_dataset, *sets.values()):
-                if dataset is not None:
+                if dataset is not None and not isinstance(dataset, LabelTest):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return

@@ -132,6 +132,20 @@ class ModXTrainingArguments(TrainingArguments):
     )
     train_logit_scale: bool = field(default=False, metadata={"help": "With peft: train the logit scale beside it."})
 
+    spatial_disorder: bool = field(
+        default=True,
+        metadata={
+            "help": "ContinualRun compares the tests' embeddings after a phase with those before it and at the start: "
+            "changes of angles, rotations of the modalities."
+        },
+    )
+    imav_samples: int = field(
+        default=0,
+        metadata={
+            "help": "With spatial_disorder: embed so many training pairs of the earlier phase too, to see how the "
+            "angle between image and caption has changed."
+        },
+    )
     resume_from_hub: bool = field(
         default=False,
         metadata={
@@ -171,6 +185,8 @@ class ModXTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.bad_samples not in ("error", "skip"):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
+        if self.imav_samples < 0 or (self.imav_samples and not self.spatial_disorder):
+            raise ValueError(f"imav_samples must be at least 0 and needs spatial_disorder, got {self.imav_samples}.")
         if self.hub_private_repo is None:
             self.hub_private_repo = True
         for name in ("resume_from_hub", "hub_collection"):

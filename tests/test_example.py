@@ -21,6 +21,12 @@ QUICK = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """The example would take all cores of this process, and processes forked off threads hang."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.fixture
 def start(model, processor, tmp_path):
     """The tiny model as a folder."""
@@ -100,6 +106,19 @@ def test_random_phases_of_an_image_folder(example, tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     flags = ["--dataset_name", str(folder), "--caption_column", "text", "--num_phases", "2"]
     assert len(example(*flags)["phases"]) == 2
+
+
+def test_further_tests_come_from_a_file(example, tmp_path, capsys):
+    named_splits().save_to_disk(tmp_path / "data")
+    shapes = tiny_pairs(8).map(lambda row: {"shape": row["caption"][0].split()[-1]})
+    shapes.save_to_disk(tmp_path / "shapes")
+    (tmp_path / "tests.yaml").write_text(
+        f"- {{name: shapes, kind: zero_shot, dataset: {tmp_path / 'shapes'}, label_column: shape, "
+        "class_names: [circle, square], templates: ['a {}']}"
+    )
+    results = example("--dataset_name", str(tmp_path / "data"), "--tests", str(tmp_path / "tests.yaml"))
+    assert [row[-1] is not None for row in results["matrix"]["zero_shot_top1"]] == [True] * 3
+    assert "Zero-shot top-1 in percent" in capsys.readouterr().out
 
 
 def test_yaml_file_comes_first_and_flags_override_it(start, tmp_path):

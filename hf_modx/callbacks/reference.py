@@ -1,15 +1,12 @@
 """Reference images and texts: what a frozen teacher is asked about while the student learns something else."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,25 +14,7 @@ from ..data import PairCollator, as_captions
 from ..distributed import all_gather_rows, on_each_process, process_index, world_size
 from ..embeddings import embed_images, embed_texts
 from ..images import to_rgb
-
-
-def load_reference(source: Dataset | str | os.PathLike, split: str) -> Dataset:
-    """A table from a folder written by `save_to_disk`, a parquet file, or whatever `load_dataset` takes by name.
-
-    Args:
-        source: the table itself, a path, or a name.
-        split: of a source that has several; may be cut, as in "train[:10000]".
-    """
-    if isinstance(source, Dataset):
-        return source
-    path = Path(source)
-    if (path / "dataset_info.json").exists():
-        return load_from_disk(str(path))
-    if (path / "dataset_dict.json").exists():
-        return load_from_disk(str(path))[split]
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=str(path), split=split)
-    return load_dataset(str(source), split=split)
+from ..tables import with_images
 
 
 def reference_images(table: Dataset, column: str) -> Dataset:
@@ -44,10 +23,7 @@ def reference_images(table: Dataset, column: str) -> Dataset:
     Raises:
         ValueError: there is no such column.
     """
-    table = _column(table, column)
-    if isinstance(table.features[column], datasets.Image):
-        return table
-    return table.cast_column(column, datasets.Image())
+    return with_images(_column(table, column), column)
 
 
 def reference_texts(table: Dataset, column: str) -> list[str]:

@@ -11,8 +11,9 @@ from ..data import PairCollator
 from ..embeddings import PairEmbeddings, check_dual_encoder
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
+from ..tables import load_table
 from .base import LossCallback, LossContext, PhaseBoundary
-from .reference import Draw, embed_references, load_reference, reference_images, reference_pixels, reference_texts
+from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts
 
 IMAGES, TEXTS = 1, 2  # set the draws apart from each other and from those of the training data
 
@@ -91,12 +92,12 @@ class ReferenceDistillation(LossCallback):
         self._images: Dataset | None = None
         self._texts: list[str] | None = None
         if images is not None:
-            table = load_reference(images, image_split)
+            table = load_table(images, image_split)
             self._images = reference_images(table, image_column)
             self.image_source = content_fingerprint(self._images)
             texts = table if texts is None else texts
         if texts is not None:
-            table = load_reference(texts, text_split)
+            table = load_table(texts, text_split)
             self._texts = reference_texts(table, text_column)
             self.text_source = content_fingerprint(table.select_columns([text_column]))
         self._base: Dataset | None = None

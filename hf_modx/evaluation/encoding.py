@@ -1,18 +1,20 @@
 """Embedding a whole test set, sharded over processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction
 
 from ..data import PairCollator, PairDataset
-from ..distributed import all_gather_rows, world_size
-from ..embeddings import embed_images, embed_texts, image_inputs, text_inputs
+from ..distributed import all_gather_rows, process_index, world_size
+from ..embeddings import embed_images, embed_texts, image_inputs, text_inputs, vision_features
+from ..images import to_rgb
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class EncodedPairs:
     image_ids: Tensor
     text_ids: Tensor
     text_rows: Tensor
+
+    @classmethod
+    def of_pairs(cls, image: Tensor, text: Tensor) -> "EncodedPairs":
+        """N images with one caption each, (N, D) and (N, D)."""
+        numbers = torch.arange(len(image), device=image.device)
+        return cls(image, text, numbers, numbers, numbers)
 
     def first_captions(self) -> Tensor:
         """(N,) indices into `text`: the first caption of each row."""
@@ -116,3 +124,86 @@ class AllCaptions:
             "text_rows": torch.tensor([pair["row_id"] for _, pair in captions]),
             "text_ids": torch.tensor([pair["pair_id"] for _, pair in captions]),
         }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A dual encoder and how to feed it: what a test without captions needs. The work is shared by all processes, and
+    each gets the whole.
+
+    Attributes:
+        dual_encoder: unwrapped, in eval mode.
+        collator: gives what the two towers read.
+        batch_size: images or texts embedded at once.
+        num_workers: processes that decode images.
+        device: where the model is.
+    """
+
+    dual_encoder: nn.Module
+    collator: PairCollator
+    batch_size: int
+    num_workers: int = 0
+    device: torch.device | str = "cpu"
+
+    def image_embeds(self, images: Dataset) -> Tensor:
+        """(N, D), unit-norm, of a table whose only column are N images, in their order."""
+        return self._images(images, lambda **inputs: embed_images(self.dual_encoder, **inputs))
+
+    def vision_features(self, images: Dataset) -> Tensor:
+        """(N, H), what the vision tower says of N images before the projection into the common space: the features of
+        CLIP's linear probes (Radford et al., 2021, appendix A.3)."""
+        return self._images(images, lambda **inputs: vision_features(self.dual_encoder, **inputs))
+
+    def text_embeds(self, texts: Sequence[str]) -> Tensor:
+        """(M, D), unit-norm, of M texts."""
+
+        def embed(places: Sequence[int]) -> Iterator[Tensor]:
+            for start in range(0, len(places), self.batch_size):
+                tokens = self.collator.tokens([texts[place] for place in places[start : start + self.batch_size]])
+                yield embed_texts(self.dual_encoder, **{name: part.to(self.device) for name, part in tokens.items()})
+
+        return self._together(len(texts), embed)
+
+    def _images(self, images: Dataset, function: Callable[..., Tensor]) -> Tensor:
+        pictures = _Pictures(images)
+
+        def embed(places: Sequence[int]) -> Iterator[Tensor]:
+            loader = DataLoader(
+                Subset(pictures, places),
+                batch_size=self.batch_size,
+                collate_fn=self.collator.pixels,
+                num_workers=self.num_workers,
+                generator=torch.Generator(),  # its seed is drawn from the global one otherwise
+            )
+            for inputs in loader:
+                yield function(**{name: part.to(self.device) for name, part in inputs.items()})
+
+        return self._together(len(images), embed)
+
+    @torch.no_grad()
+    def _together(self, number: int, embed: Callable[[Sequence[int]], Iterator[Tensor]]) -> Tensor:
+        own = range(process_index(), number, world_size())
+        # A process without a share embeds one item, for the shape, and gives none.
+        rows = torch.cat(list(embed(own or range(1))))[: len(own)].float()
+        places = torch.tensor(own, dtype=torch.long, device=rows.device)
+        return all_gather_rows(rows)[all_gather_rows(places).argsort()]
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """The RGB images of a table of one column."""
+
+    def __init__(self, images: Dataset):
+        self.images = images.with_format(None)
+        (self.column,) = images.column_names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        try:
+            return [to_rgb(image) for image in self.images[rows][self.column]]
+        except (OSError, SyntaxError, AttributeError) as error:
+            raise ValueError(f"An image among the rows {rows} is null or cannot be decoded: {error}") from error
