@@ -49,6 +49,7 @@ from .stream_checks import StreamChecks
 from .teacher_cache import CachedTeacher
 from .trainer import ModXTrainer
 from .training_args import ModXTrainingArguments
+from .training_log import thinned_log
 
 logger = logging.getLogger(__name__)
 
@@ -510,7 +511,7 @@ def _state_of(checkpoint: str) -> TrainerState:
 
 
 def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
-    """What the log of a phase says in short: how many rows the old model had right, and the time."""
+    """What the log of a phase says in short: how many rows the old model had right, the time, and the curves."""
     history = trainer.state.log_history
     record: dict[str, Any] = {"steps": trainer.state.global_step, "pairs": len(trainer.train_dataset)}
     if trainer.memory is not None:
@@ -522,4 +523,5 @@ def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     record["environment"] = environment(trainer.args.device, trainer.args.world_size)
     for name in ("train_runtime", "train_samples_per_second"):
         record[name] = next((entry[name] for entry in reversed(history) if name in entry), None)
+    record["log"] = thinned_log(history)
     return record

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_modx.cli import parse_arguments
+from hf_modx.yaml_arguments import parse_arguments
 
 
 @dataclass
