@@ -2,7 +2,7 @@
 
 from .curves import draw_curves
 from .disorder import draw_disorder
-from .matrix import draw_matrix
+from .matrix import draw_matrix, largest_value
 from .retrieved import Retrieved, draw_retrieved
 from .tradeoff import draw_tradeoff
 from .training import draw_training
@@ -15,4 +15,5 @@ __all__ = [
     "draw_retrieved",
     "draw_tradeoff",
     "draw_training",
+    "largest_value",
 ]

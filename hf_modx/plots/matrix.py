@@ -16,7 +16,7 @@ DARK = 0.47
 """Below this part of the ramp white reads better on it than black (WCAG contrast)."""
 
 
-def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str) -> None:
+def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str, brightest: float | None = None) -> None:
     """A heat map of the matrix with its numbers in percent, as PNG; the cell of the phase that teaches a test is
     framed and bold, one that is not measured is grey.
 
@@ -27,6 +27,7 @@ def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str) -> None:
         matrix: with at least one phase or the initial row, and at least one test.
         path: of the file, in a folder that is made if need be; a reader sees the old or the new one, never a part.
         title: stands above.
+        brightest: the value at the bright end of the ramp, to compare pictures; default: the largest of the matrix.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -35,7 +36,7 @@ def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str) -> None:
     figure = new_figure(CELL[0] * len(matrix.tests), CELL[1] * len(rows))
     figure.set_layout_engine("none")  # cells of one size, whatever stands around them
     axes = figure.add_axes((0, 0, 1, 1), facecolor="lightgrey")
-    brightest = max((value for value in matrix.values.ravel() if not math.isnan(value)), default=0) or 1
+    brightest = brightest or largest_value(matrix)
     axes.imshow(matrix.values, cmap=COLOURS, vmin=0, vmax=brightest, aspect="auto", interpolation="nearest")
     for row in range(len(rows)):
         for test in range(len(matrix.tests)):
@@ -45,6 +46,12 @@ def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors="black")
     save_figure(figure, path)
+
+
+def largest_value(*matrices: EvaluationMatrix) -> float:
+    """Of all their cells; 1 where nothing was measured or all is 0."""
+    values = [value for matrix in matrices for value in matrix.values.ravel() if not math.isnan(value)]
+    return max(values, default=0) or 1
 
 
 def _write_cell(axes, matrix: EvaluationMatrix, row: int, test: int, brightest: float) -> None:

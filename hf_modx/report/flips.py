@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -135,8 +136,8 @@ def _flipped(
     lost = [row for row in rows if before.is_right[row] and not after.is_right[row]]
     gained = [row for row in rows if after.is_right[row] and not before.is_right[row]]
     few_gained = min(len(gained), number // 2)
-    chosen = _spaced(lost, number - few_gained)
-    chosen += _spaced(gained, number - len(chosen))
+    chosen = spaced(lost, number - few_gained)
+    chosen += spaced(gained, number - len(chosen))
     examples = [
         Retrieved(
             test=name,
@@ -155,10 +156,10 @@ def _columns(run: RecordedRun) -> list[str]:
     return [run.identity["hyperparameters"][f"{name}_column"] for name in ("image", "caption", "pair_id")]
 
 
-def _spaced(rows: Sequence[int], number: int) -> list[int]:
-    """So many of the rows, from all over them."""
-    number = min(number, len(rows))
-    return [rows[k * len(rows) // number] for k in range(number)]
+def spaced(items: Sequence[Any], number: int) -> list[Any]:
+    """So many of the items, from all over them."""
+    number = min(number, len(items))
+    return [items[k * len(items) // number] for k in range(number)]
 
 
 def _thumbnail(image: Image) -> Image:

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..card_metadata import metric_name
-from ..plots import draw_curves, draw_matrix, draw_retrieved, draw_tradeoff, draw_training
-from .flips import FlippedTest
+from ..plots import draw_curves, draw_matrix, draw_retrieved, draw_tradeoff, draw_training, largest_value
+from .flips import FlippedTest, spaced
 from .tables import Groups, mean_matrix, plasticity, stability
+
+DRAWN = 12
+"""About so many retrievals are in a picture."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +50,26 @@ def draw_comparison(groups: Groups, metrics: Sequence[str], folder: Path) -> lis
 
 
 def draw_matrices(groups: Groups, metric: str, folder: Path) -> list[Picture]:
-    """The matrix of each recipe, the mean over its seeds.
+    """The matrix of each recipe, the mean over its seeds, all in the same colours.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
+    means = {name: mean_matrix([run.matrix(metric) for run in runs]) for name, runs in groups.items()}
+    brightest = largest_value(*means.values())
     pictures = []
-    for number, (name, runs) in enumerate(groups.items(), start=1):
+    for number, (name, matrix) in enumerate(means.items(), start=1):
         file = folder / f"matrix-{number}-{_slug(name)}.png"
-        mean = ", mean over seeds" if len(runs) > 1 else ""
-        draw_matrix(mean_matrix([run.matrix(metric) for run in runs]), file, f"{metric_name(metric)}, %{mean}")
-        pictures.append(Picture(file, name))
+        seeds = ", mean over seeds" if len(groups[name]) > 1 else ""
+        draw_matrix(matrix, file, f"{name}: {metric_name(metric)}, %{seeds}", brightest)
+        pictures.append(Picture(file, f"Matrix of {name}"))
     return pictures
 
 
 def draw_flips(flipped: Sequence[FlippedTest], name: str, number: int, folder: Path) -> Picture | None:
-    """The examples of one recipe; None without any."""
-    examples = [example for test in flipped for example in test.examples]
+    """Some examples of one recipe; None without any."""
+    each = max(1, DRAWN // max(1, len(flipped)))
+    examples = [example for test in flipped for example in spaced(test.examples, each)]
     if not examples:
         return None
     file = folder / f"retrieved-{number}-{_slug(name)}.png"

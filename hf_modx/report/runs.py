@@ -12,6 +12,7 @@ from ..files import read_json
 from ..run_folder import RECORD, RESULTS
 
 SEEDS = ("seed", "data_seed")
+NEEDED = ("recipe", "phases", "tests", "learned_at", "matrix", "training", "test_pairs")
 
 
 @dataclass(frozen=True)
@@ -49,13 +50,16 @@ def read_run(folder: Path) -> RecordedRun:
     """The run in a folder.
 
     Raises:
-        ValueError: the folder holds no run, or one that has evaluated nothing yet.
+        ValueError: the folder holds no run, one that has evaluated nothing yet, or one of another version.
     """
     record, results = read_json(folder / RECORD), read_json(folder / RESULTS)
     if record is None:
         raise ValueError(f"{folder} holds no run: there is no {RECORD} in it.")
     if results is None:
         raise ValueError(f"{folder} has no results yet: there is no {RESULTS} in it.")
+    missing = [name for name in NEEDED if name not in results] + ["identity"] * ("identity" not in record)
+    if missing:
+        raise ValueError(f"{folder} is no run that this version can read: it does not say {', '.join(missing)}.")
     return RecordedRun(folder, record["identity"], results)
 
 

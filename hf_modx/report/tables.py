@@ -104,7 +104,7 @@ def _measures(run: RecordedRun, metric: str) -> dict[str, Measure]:
 
 
 def _summary(metric: str, name: str, run: RecordedRun) -> float | None:
-    return run.results["summary"][metric][name]
+    return run.matrix(metric).summary()[name]
 
 
 def _cell(metric: str, phase: int, test: int, run: RecordedRun) -> float:
