@@ -20,12 +20,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import continual_clip
-
 from hf_modx.card_metadata import metric_name
 from hf_modx.model_card import PICTURE, write_card_of_run
 from hf_modx.plots import draw_curves
 from hf_modx.report import RecordedRun, compare, read_run
+
+import continual_clip
 
 METRICS = "image_to_text_recall@1,image_to_text_recall@5"
 

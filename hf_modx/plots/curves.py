@@ -36,7 +36,7 @@ def draw_curves(runs: Mapping[str, Sequence[EvaluationMatrix]], path: Path, labe
         if place is not None and place >= 0:
             axes.axvline(place, color="dimgrey", linewidth=1, linestyle=":", zorder=1)
         axes.set_xlim(-0.3, len(names) - 0.7)
-        name_ticks(axes, range(len(names)), names)
+    name_ticks(figure, panels, range(len(names)), names)
     figure.supylabel(label, fontsize=NORMAL, **PLAIN_TEXT)
     figure.supxlabel("after phase (dotted: the phase that teaches the test)", fontsize=NORMAL)
     add_legend(figure, handles)

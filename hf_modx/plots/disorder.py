@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .style import NORMAL, PALETTE, PLAIN_TEXT, lines_of, new_figure, plain_axes, save_figure
+from .style import NORMAL, PALETTE, PLAIN_TEXT, add_legend, lines_of, new_figure, plain_axes, save_figure
 
 HATCHES = ("", "//", "..", "xx", "\\\\", "++", "oo")
 
@@ -28,18 +28,17 @@ def draw_disorder(shares: Mapping[str, Mapping[str, float]], path: Path, title: 
     figure = new_figure(max(4.5, 0.22 * len(bins) * len(shares) + 2), 3.4)
     axes = figure.subplots()
     plain_axes(axes)
-    width = 0.8 / len(shares)
+    width, handles = 0.8 / len(shares), {}
     for number, (name, share) in enumerate(shares.items()):
         places = [place - 0.4 + width * (number + 0.5) for place in range(len(bins))]
         look = {"color": PALETTE[number % len(PALETTE)], "hatch": HATCHES[number % len(HATCHES)]}
-        bars = axes.bar(places, [100 * share[b] for b in bins], width, edgecolor="white", linewidth=0.6, **look)
-        bars.set_label(lines_of(name, 40))
+        handles[name] = axes.bar(
+            places, [100 * share[b] for b in bins], width, edgecolor="white", linewidth=0.6, **look
+        )
     axes.set_xticks(range(len(bins)), bins, fontsize=NORMAL, **PLAIN_TEXT)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel("degrees", fontsize=NORMAL)
     axes.set_ylabel("share, %", fontsize=NORMAL)
     axes.set_title(lines_of(title, 60), fontsize=NORMAL, **PLAIN_TEXT)
-    legend = axes.legend(frameon=False, fontsize=NORMAL)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    add_legend(figure, handles)
     save_figure(figure, path)

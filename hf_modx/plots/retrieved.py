@@ -42,18 +42,18 @@ def draw_retrieved(found: Sequence[Retrieved], path: Path) -> None:
     """
     columns = min(COLUMNS, len(found))
     rows = -(-len(found) // columns)
-    figure = new_figure(2.4 * columns, 2.7 * rows)
+    figure = new_figure(2.4 * columns, 2.9 * rows)
     cells = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, one in zip(cells, found, strict=False):
         axes.imshow(one.image.convert("RGB"), interpolation="nearest")
         axes.spines[:].set_visible(False)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(lines_of(one.caption, 28), fontsize=NORMAL, **PLAIN_TEXT)
+        axes.set_title(lines_of(one.caption, 24, 3), fontsize=NORMAL, **PLAIN_TEXT)
         text = f"lost, now: {one.after}" if one.is_lost else f"gained, was: {one.before}"
         colour = LOST if one.is_lost else GAINED
         axes.set_xlabel(
-            f"{lines_of(text, 30)}\n({lines_of(one.test, 28)})", fontsize=SMALL, color=colour, **PLAIN_TEXT
+            f"{lines_of(text, 26, 3)}\n({lines_of(one.test, 24, 1)})", fontsize=SMALL, color=colour, **PLAIN_TEXT
         )
     for unused in cells[len(found) :]:
         figure.delaxes(unused)

@@ -20,8 +20,8 @@ PLAIN_TEXT = {"parse_math": False, "usetex": False}
 SMALL, NORMAL, LARGE = 9, 10, 11
 """Sizes of letters in points."""
 
-LETTER = 0.085
-"""Width of a letter of the legend in inches, generously."""
+LETTER, LINE = 0.085, 0.2
+"""Width of a letter and height of a line of the legend in inches, generously."""
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -55,7 +55,7 @@ def plain_axes(axes: Any, title: str = "") -> None:
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=SMALL, colors="black")
     if title:
-        axes.set_title(lines_of(title, 26), fontsize=NORMAL, color="black", **PLAIN_TEXT)
+        axes.set_title(lines_of(title, 24), fontsize=NORMAL, color="black", **PLAIN_TEXT)
 
 
 def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -69,10 +69,12 @@ def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def add_legend(figure: Any, handles: Mapping[str, Any]) -> None:
-    """One legend for all panels, above them, in as many columns as fit."""
+    """One legend for all panels, above them, in as many columns as fit; the figure grows by its height."""
     labels = [lines_of(name, 40) for name in handles]
-    widest = max(len(line) for label in labels for line in label.splitlines() or [""])
+    widest = max((len(line) for label in labels for line in label.splitlines()), default=1)
     columns = max(1, min(len(labels), int(figure.get_figwidth() / (LETTER * widest + 0.7))))
+    lines = max((len(label.splitlines()) for label in labels), default=1)
+    grow(figure, LINE * lines * -(-len(labels) // columns))
     legend = figure.legend(
         list(handles.values()), labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=NORMAL
     )
@@ -80,18 +82,27 @@ def add_legend(figure: Any, handles: Mapping[str, Any]) -> None:
         text.set_parse_math(False)
 
 
-def name_ticks(axis: Any, places: Sequence[float], names: Sequence[str], width: int = 16) -> None:
-    """Names along the x-axis, slanted where they would touch."""
-    labels = [lines_of(name, width) for name in names]
-    slanted = any(len(line) > 7 for label in labels for line in label.splitlines())
+def name_ticks(figure: Any, panels: Sequence[Any], places: Sequence[float], names: Sequence[str]) -> None:
+    """Names along the x-axis of all panels, slanted where they would touch; the figure grows by their height."""
+    labels = [lines_of(name, 16) for name in names]
+    longest = LETTER * max((len(line) for label in labels for line in label.splitlines()), default=0)
+    rows, columns = panels[0].get_subplotspec().get_gridspec().get_geometry()
+    slanted = longest > figure.get_figwidth() / columns / (len(names) + 1)
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axis.set_xticks(list(places), labels, fontsize=SMALL, **turned, **PLAIN_TEXT)
+    for axes in panels:
+        axes.set_xticks(list(places), labels, fontsize=SMALL, **turned, **PLAIN_TEXT)
+    grow(figure, rows * 0.7 * longest if slanted else 0)
 
 
-def lines_of(name: str, width: int) -> str:
-    """At most two lines of printable characters; what is longer ends in an ellipsis."""
+def grow(figure: Any, inches: float) -> None:
+    """Make the figure taller, so that what comes on top does not take from the panels."""
+    figure.set_figheight(figure.get_figheight() + inches)
+
+
+def lines_of(name: str, width: int, lines: int = 2) -> str:
+    """At most so many lines of printable characters; what is longer ends in an ellipsis."""
     printable = "".join(character if character.isprintable() else " " for character in str(name))
-    return "\n".join(textwrap.wrap(printable, width, max_lines=2, placeholder=" …"))
+    return "\n".join(textwrap.wrap(printable, width, max_lines=lines, placeholder=" …"))
 
 
 def save_figure(figure: Any, path: Path) -> None:

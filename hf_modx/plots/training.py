@@ -45,8 +45,8 @@ def draw_training(
         for boundary in range(1, len(phases)):
             axes.axvline(boundary, color="dimgrey", linewidth=1, linestyle=":", zorder=1)
         axes.set_xlim(0, len(phases))
-        name_ticks(axes, [number + 0.5 for number in range(len(phases))], phases)
         axes.tick_params(axis="x", length=0)
+    name_ticks(figure, panels, [number + 0.5 for number in range(len(phases))], phases)
     figure.supxlabel("steps of each phase", fontsize=NORMAL)
     add_legend(figure, {recipe: line for recipe, line in handles.items() if line is not None})
     save_figure(figure, path)
