@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from ..demo import demo_stream
 from ..load_data import load_splits
-from ..report import FlippedTest, RecordedRun, flipped_tests, group_runs, read_run, tests_of_run, write_report
+from ..report import FlippedTest, RecordedRun, find_tests, flipped_tests, group_runs, read_run, write_report
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ def with_reference_first(groups: dict[str, list[RecordedRun]], reference: str | 
 
 
 def flips_of(recorded: RecordedRun, options: argparse.Namespace) -> list[FlippedTest]:
-    tests = tests_of_run(recorded, data_of_tests(recorded, options))
+    tests = find_tests(recorded, data_of_tests(recorded, options))
     if not tests:
         logger.warning(
             "No examples of %s: its tests are not in %s.", recorded.name, options.dataset_name or "the built-in stream"

@@ -1,6 +1,6 @@
 """Reports that compare runs: tables, pictures, and one HTML page."""
 
-from .flips import FlippedTest, flipped_tests, tests_of_run
+from .flips import FlippedTest, find_tests, flipped_tests
 from .runs import RecordedRun, group_runs, read_run
 from .tables import Comparison, compare
 from .writing import default_metrics, write_report
@@ -11,9 +11,9 @@ __all__ = [
     "RecordedRun",
     "compare",
     "default_metrics",
+    "find_tests",
     "flipped_tests",
     "group_runs",
     "read_run",
-    "tests_of_run",
     "write_report",
 ]

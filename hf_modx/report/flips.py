@@ -50,7 +50,7 @@ class FlippedTest:
     examples: list[Retrieved]
 
 
-def tests_of_run(run: RecordedRun, found: Iterable[Dataset]) -> dict[str, Dataset]:
+def find_tests(run: RecordedRun, found: Iterable[Dataset]) -> dict[str, Dataset]:
     """Those tests of a run that are among these data sets, as they are or cut with the run's seed to the size that the
     run has recorded. They are told by their content."""
     seed, sizes = run.seed[0], run.results["test_pairs"]
@@ -71,7 +71,7 @@ def flipped_tests(
 
     Args:
         run: whose folders `phase-K` are there; tests that need one that is gone are left out, and the log says so.
-        tests: by name, as `tests_of_run` finds them.
+        tests: by name, as `find_tests` finds them.
         number: of examples a test, of lost and gained images as many as there are of both.
         batch_size: images embedded at once.
     """
