@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compare_recipes
 
+COMMAND = "python examples/compare_recipes.py --recipes finetune,modx --seeds 0"
+
 
 @pytest.fixture
 def compared(model, processor, tmp_path):
