@@ -47,6 +47,7 @@ from .run_folder import (
 )
 from .stream_checks import StreamChecks
 from .teacher_cache import CachedTeacher
+from .tracking import track_as_one_run
 from .trainer import ModXTrainer
 from .training_args import ModXTrainingArguments
 from .training_log import thinned_log
@@ -380,7 +381,8 @@ class ContinualRun:
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
             args.max_steps = self.steps(number)  # not those of an epoch of all data
-        return ModXTrainer(
+        args.run_name = args.run_name or self.folder.resolve().name  # one run for the trackers
+        trainer = ModXTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,
@@ -389,6 +391,12 @@ class ContinualRun:
             callbacks=list(self.callbacks),
             loss_callbacks=self.loss_callbacks,
         )
+        steps = [self.steps(k) for k in range(1, number + 1)]
+        name = f"phase-{number}-{self.stream.phases[number - 1].name if number else 'start'}"
+        track_as_one_run(
+            trainer, self.folder, name, list(self.tests), steps_before=sum(steps[:-1]), steps=sum(steps[-1:])
+        )
+        return trainer
 
     def _load_phase(self, number: int) -> nn.Module:
         folder = self.phase_folder(number)

@@ -27,6 +27,7 @@ MAX_PAIRS = 1000
 """A larger test is looked at in so many rows of it: examples to look through need no more."""
 
 THUMBNAIL = (96, 96)
+LONGEST_CAPTION = 200
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _flipped(
     before, after = first
     image_column, caption_column, _ = _columns(run)
     captions = [as_captions(value) for value in dataset[caption_column]]
-    every_caption = [caption for own in captions for caption in own]
+    every_caption = [_short(caption) for own in captions for caption in own]
     rows = range(len(dataset))
     lost = [row for row in rows if before.is_right[row] and not after.is_right[row]]
     gained = [row for row in rows if after.is_right[row] and not before.is_right[row]]
@@ -142,7 +143,7 @@ def _flipped(
         Retrieved(
             test=name,
             image=_thumbnail(dataset[row][image_column]),
-            caption=captions[row][0],
+            caption=_short(captions[row][0]),
             before=every_caption[before.caption[row]],
             after=every_caption[after.caption[row]],
             is_lost=before.is_right[row],
@@ -160,6 +161,10 @@ def spaced(items: Sequence[Any], number: int) -> list[Any]:
     """So many of the items, from all over them."""
     number = min(number, len(items))
     return [items[k * len(items) // number] for k in range(number)]
+
+
+def _short(caption: str) -> str:
+    return caption if len(caption) <= LONGEST_CAPTION else f"{caption[:LONGEST_CAPTION]} …"
 
 
 def _thumbnail(image: Image) -> Image:
