@@ -531,5 +531,8 @@ def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     record["environment"] = environment(trainer.args.device, trainer.args.world_size)
     for name in ("train_runtime", "train_samples_per_second"):
         record[name] = next((entry[name] for entry in reversed(history) if name in entry), None)
+    joules = [entry["train_energy_joules"] for entry in history if "train_energy_joules" in entry]
+    if joules:
+        record["train_energy_joules"] = joules[-1]
     record["log"] = thinned_log(history)
     return record

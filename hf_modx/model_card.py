@@ -431,11 +431,12 @@ def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], numbe
                     for kept in ("image_rows_kept", "text_rows_kept")
                 ),
                 _wall_time(record),
+                _energy(record),
                 escaped(record.get("weights", "")),
             ]
         )
     header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "time"]
-    return table([*header, "weights after it"], rows)
+    return table([*header, "energy of the GPUs", "weights after it"], rows)
 
 
 def _wall_time(record: Mapping[str, Any]) -> str:
@@ -450,6 +451,12 @@ def _wall_time(record: Mapping[str, Any]) -> str:
     else:
         text = f"{seconds:.1f} s"
     return f"{text} from step {record['resumed_at_step']} on" if "resumed_at_step" in record else text
+
+
+def _energy(record: Mapping[str, Any]) -> str:
+    """In kilowatt-hours; of a phase that was interrupted, as the time."""
+    joules = record.get("train_energy_joules")
+    return "" if joules is None else f"{joules / 3.6e6:.2g} kWh"
 
 
 def _options_table(recipe_args: Mapping[str, Mapping[str, Any]]) -> str:

@@ -24,6 +24,7 @@ from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
 from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs, longest_caption
+from .energy import EnergyMeter
 from .evaluation.encoding import EncodedPairs, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
 from .files import write_text
@@ -170,6 +171,7 @@ class ModXTrainer(Trainer):
                 self.args.gradient_accumulation_steps,
             )
         self._held = []
+        self._energy = EnergyMeter()
         self._start_phase()
         if self.model_wrapped is self.model:
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
@@ -420,6 +422,8 @@ class ModXTrainer(Trainer):
             logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
             logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
             self._records = {}
+        if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
+            logs["train_energy_joules"] = joules
         super().log(logs, start_time)
 
     # ---- Evaluation ----
