@@ -1,7 +1,7 @@
 """Evaluate a model: image-text retrieval on any data.
 
 The model is a folder or an id on the Hub, with @REVISION where it is not the main branch. Without a data set the tests
-are those of the built-in stream.
+are those of a built-in stream.
 
     hf-modx evaluate openai/clip-vit-base-patch32 --dataset_name my_data --split test --caption_column text
     hf-modx evaluate me/my_clip@phase-2 --dataset_name my_data --split january_test,february_test
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..card_metadata import metric_name
 from ..data import PairCollator, PairDataset
-from ..demo import demo_stream
+from ..demo_streams import DEMO_STREAMS
 from ..embeddings import longest_caption
 from ..evaluation import encode_pairs, retrieval_metrics
 from ..files import write_json
@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="on the Hub, a folder written by save_to_disk, an image folder with metadata, or parquet files",
     )
     parser.add_argument("--dataset_config_name", help="configuration of the data set")
+    parser.add_argument(
+        "--demo_stream", default="domain", choices=DEMO_STREAMS, help="the built-in stream (default: domain)"
+    )
     parser.add_argument(
         "--split", help="the tests, comma-separated. Default: all splits named test or ..._test, or the only split"
     )
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> None:
 def load_tests(options: argparse.Namespace) -> dict[str, Dataset]:
     """The tests by name."""
     if options.dataset_name is None:
-        found = {name: test for name, (test, _) in demo_stream(options.seed).tests().items()}
+        found = {name: test for name, (test, _) in DEMO_STREAMS[options.demo_stream](options.seed).tests().items()}
         wanted = list(found)
     else:
         found = dict(load_splits(options.dataset_name, options.dataset_config_name, options.image_column))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..demo import demo_stream
+from ..demo_streams import DEMO_STREAMS
 from ..load_data import load_splits
 from ..report import FlippedTest, RecordedRun, find_tests, flipped_tests, group_runs, read_run, write_report
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset_name",
         help="where the tests of the examples are: a data set on the Hub, a folder, or parquet files, of which a "
-        "split is a test as it stands. Default: the built-in stream",
+        "split is a test as it stands. Default: the built-in streams",
     )
     parser.add_argument("--dataset_config_name", help="configuration of the data set")
 
@@ -71,14 +71,20 @@ def flips_of(recorded: RecordedRun, options: argparse.Namespace) -> list[Flipped
     tests = find_tests(recorded, data_of_tests(recorded, options))
     if not tests:
         logger.warning(
-            "No examples of %s: its tests are not in %s.", recorded.name, options.dataset_name or "the built-in stream"
+            "No examples of %s: its tests are not in %s.",
+            recorded.name,
+            options.dataset_name or "the built-in streams",
         )
     return flipped_tests(recorded, tests, options.examples)
 
 
 def data_of_tests(recorded: RecordedRun, options: argparse.Namespace) -> Iterator[Dataset]:
     """What may be a test of the run."""
-    if options.dataset_name is None:
-        return (test for test, _ in demo_stream(recorded.seed[0]).tests().values())
-    column = recorded.identity["hyperparameters"]["image_column"]
-    return iter(load_splits(options.dataset_name, options.dataset_config_name, column).values())
+    if options.dataset_name is not None:
+        column = recorded.identity["hyperparameters"]["image_column"]
+        yield from load_splits(options.dataset_name, options.dataset_config_name, column).values()
+        return
+    for make_stream in DEMO_STREAMS.values():
+        for validation in (False, True):
+            stream = make_stream(recorded.seed[0], validation=validation).with_union_test()
+            yield from (test for test, _ in stream.tests().values())

@@ -54,14 +54,17 @@ class FlippedTest:
 def find_tests(run: RecordedRun, found: Iterable[Dataset]) -> dict[str, Dataset]:
     """Those tests of a run that are among these data sets, as they are or cut with the run's seed to the size that the
     run has recorded. They are told by their content."""
-    seed, sizes = run.seed[0], run.results["test_pairs"]
-    by_content = {}
+    seed, sizes = run.seed[0], run.results["test_pairs"].values()
+    names = {content: name for name, content in run.identity["tests"].items()}
+    tests: dict[str, Dataset] = {}
     for dataset in found:
-        for size in {len(dataset), *(size for size in sizes.values() if size < len(dataset))}:
+        for size in {len(dataset), *(size for size in sizes if size < len(dataset))}:
             part = at_most(dataset, size, seed)
-            by_content[content_fingerprint(part)] = part
-    wanted = run.identity["tests"]
-    return {name: by_content[content] for name, content in wanted.items() if content in by_content}
+            if (name := names.get(content_fingerprint(part))) is not None:
+                tests[name] = part
+        if len(tests) == len(names):
+            break
+    return tests
 
 
 def flipped_tests(

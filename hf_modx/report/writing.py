@@ -70,7 +70,8 @@ def write_report(
 
 
 def _phases(groups: Groups) -> str:
-    return f"Phases: {', '.join(next(iter(groups.values()))[0].results['phases'])}."
+    phases = next(iter(groups.values()))[0].results["phases"]
+    return f"Phases: {', '.join(phases)}." if phases else "Before the first phase."
 
 
 def _runs_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
