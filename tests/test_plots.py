@@ -25,9 +25,10 @@ from hf_modx.plots.style import PALETTE, line_styles
 pytestmark = pytest.mark.filterwarnings("error::UserWarning", "ignore:Glyph .* missing")
 
 PLAIN = ["first", "second", "third"]
-NASTY = ["a|b\nc `d`", "<script>alert(1)</script>", "$\\frac$ *b* _c_", "名前 👩‍🚀", f"{'long name ' * 20}"]
-MANY = [f"number {k}: {'Very Wide Words ' * 6}" for k in range(9)]
-ANY_NAMES = pytest.mark.parametrize("names", [NASTY, MANY], ids=["nasty", "many"])
+NAMES = [
+    *("a|b\nc `d`", "<script>alert(1)</script>", "$\\frac$ *b* _c_", "名前 👩‍🚀", "long name " * 20),
+    *(f"number {k}: {'Very Wide Words ' * 6}" for k in range(3)),
+]
 
 
 @pytest.fixture
@@ -71,41 +72,36 @@ def assert_nothing_is_clipped(figure, path):
     assert (pixels[margin] == 255).all()
 
 
-@ANY_NAMES
-def test_curves_are_whole(drawn, tmp_path, names):
-    runs = {name: [matrix(names), matrix(names, 0.02)] for name in names}
+def test_curves_are_whole(drawn, tmp_path):
+    runs = {name: [matrix(NAMES), matrix(NAMES, 0.02)] for name in NAMES}
     draw_curves(runs, tmp_path / "curves.png", "Image-to-text recall@1, %")
     assert_nothing_is_clipped(drawn[0], tmp_path / "curves.png")
 
 
-@ANY_NAMES
-def test_tradeoff_is_whole(drawn, tmp_path, names):
-    draw_tradeoff({name: [(0.1, 0.2), (0.3, 0.25)] for name in names}, tmp_path / "t.png", "recall")
+def test_tradeoff_is_whole(drawn, tmp_path):
+    draw_tradeoff({name: [(0.1, 0.2), (0.3, 0.25)] for name in NAMES}, tmp_path / "t.png", "recall")
     assert_nothing_is_clipped(drawn[0], tmp_path / "t.png")
 
 
-@ANY_NAMES
-def test_training_is_whole(drawn, tmp_path, names):
+def test_training_is_whole(drawn, tmp_path):
     log = {"step": [1, 2, 3], "loss": [3.0, 2.0, 1.0], "a_term_of_the_loss": [1.0, None, 0.5]}
     draw_training(
-        {n: [[log] * len(names)] * 2 for n in names}, {n: [3] * len(names) for n in names}, names, tmp_path / "t.png"
+        {n: [[log] * len(NAMES)] * 2 for n in NAMES}, {n: [3] * len(NAMES) for n in NAMES}, NAMES, tmp_path / "t.png"
     )
     assert_nothing_is_clipped(drawn[0], tmp_path / "t.png")
 
 
-@ANY_NAMES
-def test_disorder_is_whole(drawn, tmp_path, names):
+def test_disorder_is_whole(drawn, tmp_path):
     share = {"[0, 5]": 0.4, "(5, 10]": 0.3, "(10, 15]": 0.2, "(15, 20]": 0.06, "(20, 180]": 0.04}
-    draw_disorder(dict.fromkeys(names, share), tmp_path / "d.png", "$ABS$ " * 30)
+    draw_disorder(dict.fromkeys(NAMES, share), tmp_path / "d.png", "$ABS$ " * 30)
     assert_nothing_is_clipped(drawn[0], tmp_path / "d.png")
     heights = [bar.get_height() for bar in drawn[0].axes[0].containers[0]]
     assert heights == pytest.approx([40, 30, 20, 6, 4])
 
 
-@ANY_NAMES
-def test_retrieved_is_whole(drawn, tmp_path, names):
+def test_retrieved_is_whole(drawn, tmp_path):
     image = Image.new("RGB", (40, 90), "red")
-    found = [Retrieved(name, image, name, name, name, is_lost=k % 2 == 0) for k, name in enumerate(names)]
+    found = [Retrieved(name, image, name, name, name, is_lost=k % 2 == 0) for k, name in enumerate(NAMES)]
     draw_retrieved(found, tmp_path / "r.png")
     assert_nothing_is_clipped(drawn[0], tmp_path / "r.png")
     said = [axes.get_xlabel().split(",")[0] for axes in drawn[0].axes]
