@@ -127,6 +127,16 @@ def test_dotted_line_stands_where_a_test_is_taught_and_nowhere_for_one_that_is_n
     assert dotted == [[2], [0], []]
 
 
+def test_tests_that_were_not_measured_have_no_panel(drawn, tmp_path):
+    values = matrix(PLAIN)
+    values.values[:, 1] = math.nan
+    draw_curves({"modx": [values]}, tmp_path / "c.png", "recall")
+    assert [axes.get_title() for axes in drawn[0].axes] == ["first", "third"]
+    values.values[:] = math.nan
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_curves({"modx": [values]}, tmp_path / "c.png", "recall")
+
+
 def test_phases_are_side_by_side_whatever_their_steps(drawn, tmp_path):
     logs = {name: [[{"step": [n, 2 * n], "loss": [1, 2]}] * 2] for name, n in (("short", 5), ("long", 50))}
     draw_training(logs, {"short": [10, 10], "long": [100, 100]}, ["a", "b"], tmp_path / "t.png")

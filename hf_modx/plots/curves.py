@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 from ..evaluation import EvaluationMatrix
 from .style import NORMAL, PLAIN_TEXT, add_legend, line_styles, name_ticks, new_panels, plain_axes, save_figure
 
 
 def draw_curves(runs: Mapping[str, Sequence[EvaluationMatrix]], path: Path, label: str) -> None:
-    """One panel a test: its value in percent after every phase, a line a recipe through the mean over its seeds, the
-    range over them shaded. A dotted line stands at the phase that teaches the test.
+    """One panel a measured test: its value in percent after every phase, a line a recipe through the mean over
+    its seeds, the range over them shaded. A dotted line stands at the phase that teaches the test.
 
     Args:
         runs: by recipe, the matrix of each seed; all of the same phases and tests.
@@ -20,14 +22,21 @@ def draw_curves(runs: Mapping[str, Sequence[EvaluationMatrix]], path: Path, labe
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: nothing was measured.
     """
     first = next(iter(runs.values()))[0]
     names = (["start"] if first.has_initial_row else []) + first.phases
     looks = line_styles(list(runs))
     width = min(max(2.7, 0.4 * len(names) + 1), 7)
-    figure, panels = new_panels(len(first.tests), width, 2.5, columns=max(1, int(12 / width)), sharey=True)
+    measured = [m.values for matrices in runs.values() for m in matrices]
+    tests = [
+        test for test in range(len(first.tests)) if not all(np.isnan(values[:, test]).all() for values in measured)
+    ]
+    if not tests:
+        raise ValueError("Nothing was measured: there is nothing to draw.")
+    figure, panels = new_panels(len(tests), width, 2.5, columns=max(1, int(12 / width)), sharey=True)
     handles = {}
-    for test, axes in enumerate(panels):
+    for test, axes in zip(tests, panels, strict=True):
         plain_axes(axes, first.tests[test])
         for recipe, matrices in runs.items():
             handles[recipe] = _draw_recipe(axes, matrices, test, looks[recipe])

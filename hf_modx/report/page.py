@@ -20,8 +20,8 @@ def render_page(**content: Any) -> str:
     writing are left out. Pictures are inlined, and the page forbids the browser every request.
 
     Args:
-        content: what the template names: `title`, `runs` (header, rows), `comparisons`, `pictures`, `matrices` (by
-            recipe: header, rows), `flips` (by recipe).
+        content: what the template names: `title`, `phases`, `runs` (header, rows), `comparisons`, `pictures`,
+            `matrices` (pictures, too), `numbers` (by recipe: header, rows), `flips` (by recipe, see `FlippedTest`).
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable

@@ -43,7 +43,7 @@ class Comparison:
 
 def compare(groups: Groups, metric: str) -> Comparison:
     """The summary of each recipe, each test right after its phase and at the end, and below a row for the difference
-    of each recipe to the first one, over the seeds that both have.
+    of each recipe to the first one, over the seeds that both have. What no run has measured is left out.
 
     Raises:
         ValueError: a run has no such metric.
@@ -58,7 +58,10 @@ def compare(groups: Groups, metric: str) -> Comparison:
             cells = [spread(_difference(measure, *pair) for pair in pairs) for measure in measures.values()]
             rows.append([f"{name} - {reference}", *cells])
     notes = [note for note in (_start(groups, metric), *_kept_rows(groups)) if note]
-    return Comparison(metric_name(metric), _setting(groups), ["recipe", *measures], rows, notes)
+    header = ["recipe", *measures]
+    filled = [column for column in range(len(header)) if any(row[column] for row in rows)]
+    header, *rows = [[row[column] for column in filled] for row in (header, *rows)]
+    return Comparison(metric_name(metric), _setting(groups), header, rows, notes)
 
 
 def spread(values: Iterable[float | None]) -> str:
