@@ -182,9 +182,8 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
     if not shared:
         return found
     found["last_less_finetune"] = paired(own["last"], finetune["last"])
-    found["relative_plasticity"] = ratio(
-        *(mean(x["plasticity"]["by_seed"][s] for s in shared) for x in (own, finetune))
-    )
+    learned = (mean(part["plasticity"]["by_seed"][seed] for seed in shared) for part in (own, finetune))
+    found["relative_plasticity"] = ratio(*learned)
     lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
     gained = found["last_less_finetune"]
     if lost["error"] is not None and gained["mean"] is not None and lost["mean"] >= 3 * lost["error"] > 0:
