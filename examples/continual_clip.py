@@ -19,6 +19,11 @@ The same from a file, flags override it:
 
     accelerate launch examples/continual_clip.py config.yaml --seed 1
 
+A published protocol with its data, prompts and hyper-parameters; flags override them (`--data_root` has copies of the
+data sets in folders of their names):
+
+    accelerate launch examples/continual_clip.py --protocol mtil_order_1
+
 Further tests after every phase, declared in a file: other data, zero-shot classification, linear probes:
 
     accelerate launch examples/continual_clip.py --tests tests.yaml
@@ -47,9 +52,10 @@ from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, b
 from hf_modx.card_metadata import metric_name
 from hf_modx.cli import parse_arguments
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream
-from hf_modx.evaluation import EvaluationMatrix, load_tests
+from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
+from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
 
 logger = logging.getLogger("hf_modx.example")
@@ -85,6 +91,13 @@ class ScriptArguments:
     phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
     test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(PROTOCOLS)}, or a file like theirs; see hf_modx.protocols."},
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder that holds the protocol's data sets under their names."}
+    )
     tests: str | None = field(
         default=None,
         metadata={
@@ -110,6 +123,9 @@ class ScriptArguments:
             raise ValueError("--recipe_args must be a JSON object like '{\"alpha\": 20}'.")
         if self.dataset_name is None and self.model_name_or_path is None:
             self.recipe_options = {**DEMO_RECIPE_ARGS.get(self.recipe, {}), **self.recipe_options}
+        if self.protocol is not None and self.data_root is not None:
+            for name in {"images", "texts"} & set(self.recipe_options):
+                self.recipe_options[name] = source_of(self.recipe_options[name], self.data_root)
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -117,6 +133,10 @@ class ScriptArguments:
             for name in ("phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
+        if self.protocol is not None and self.dataset_name is not None:
+            raise ValueError("--protocol has data of its own and does not go with --dataset_name.")
+        if self.data_root is not None and self.protocol is None:
+            raise ValueError("--data_root needs --protocol.")
         if self.dataset_name is None:
             for name in ("phase_column", "num_phases", "phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
@@ -128,8 +148,9 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     use_all_cores(args)
-    stream = load_stream(script, args)
-    tests = load_tests(script.tests) if script.tests is not None else None
+    stream, tests = load_stream(script, args)
+    if script.tests is not None:
+        tests |= load_tests(script.tests)
     if script.dry_run:
         if args.process_index == 0:
             print(plan(stream, script, args))
@@ -168,6 +189,8 @@ def use_all_cores(args: ModXTrainingArguments) -> None:
 
 def defaults(chosen, given: set[str]) -> dict:
     """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data."""
+    if chosen.protocol is not None:
+        return protocol_defaults(chosen, given)
     settings = {"output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
     if chosen.dataset_name is None and chosen.model_name_or_path is None:
         settings |= DEMO_DEFAULTS
@@ -176,8 +199,25 @@ def defaults(chosen, given: set[str]) -> dict:
     return settings
 
 
-def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseStream:
-    if script.dataset_name is None:
+def protocol_defaults(chosen, given: set[str]) -> dict:
+    """The settings of the protocol; another recipe than its own has options of its own."""
+    settings = dict(read_protocol(chosen.protocol).settings)
+    options = settings.pop("recipe_args", {})
+    if "recipe" not in given or chosen.recipe == settings.get("recipe"):
+        settings["recipe_args"] = json.dumps(options)
+    recipe = chosen.recipe if "recipe" in given else settings.get("recipe", chosen.recipe)
+    if "num_train_epochs" in given:
+        settings.pop("max_steps", None)
+    return {"output_dir": f"runs/{Path(chosen.protocol).stem}-{recipe}-seed{chosen.seed}", **settings}
+
+
+def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[PhaseStream, dict[str, EvaluationTest]]:
+    """The phases, and the tests beside them."""
+    tests: dict[str, EvaluationTest] = {}
+    if script.protocol is not None:
+        columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "pair_id_column")}
+        stream, tests = read_protocol(script.protocol).load(script.data_root, **columns)
+    elif script.dataset_name is None:
         stream = demo_stream(args.seed)
     else:
         stream = published_stream(script)
@@ -191,7 +231,7 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseSt
             return part
         return part.shuffle(seed=args.seed).select(range(limit))
 
-    return stream.map_parts(at_most)
+    return stream.map_parts(at_most), tests
 
 
 def published_stream(script: ScriptArguments) -> PhaseStream | None:
