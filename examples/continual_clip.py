@@ -10,12 +10,21 @@ Plain fine-tuning and the joint upper bound on the same start weights:
     accelerate launch examples/continual_clip.py --recipe finetune
     accelerate launch examples/continual_clip.py --recipe joint
 
+New groups of concepts in the place of new renderings, and two recipes added up:
+
+    accelerate launch examples/continual_clip.py --demo_stream class --recipe er+modx
+
 Your own data, one phase for each value of a column, starting from a pretrained CLIP:
 
     accelerate launch examples/continual_clip.py --model_name_or_path openai/clip-vit-base-patch32 \
         --dataset_name my_folder --caption_column text --phase_column month --num_train_epochs 5
 
-The same from a file, flags override it:
+With low-rank adapters, which need little memory beside the model (`pip install "hf_modx[peft]"`); the teacher is the
+model without its adapter:
+
+    accelerate launch examples/continual_clip.py --peft lora --lora_rank 16
+
+The same from a file, flags override it (`examples/lora_one_gpu.yaml` is one for a pretrained CLIP on a small GPU):
 
     accelerate launch examples/continual_clip.py config.yaml --seed 1
 
@@ -51,12 +60,14 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.card_metadata import metric_name
 from hf_modx.cli import parse_arguments
-from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, demo_stream
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
+from hf_modx.demo_streams import DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
+from hf_modx.recipes import recipe_arguments, recipe_name
 
 logger = logging.getLogger("hf_modx.example")
 
@@ -80,6 +91,19 @@ class ScriptArguments:
             "drawings."
         },
     )
+    demo_stream: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which built-in stream: the same concepts in new renderings (domain, the default), new groups of "
+            "concepts (class) or random ones (instance).",
+            "choices": list(DEMO_STREAMS),
+        },
+    )
+    demo_validation: bool = field(
+        default=False,
+        metadata={"help": "The built-in stream for choosing options: two phases, tests that are no final ones."},
+    )
+    union_test: bool = field(default=False, metadata={"help": "Also test on the pairs of all tests in one gallery."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     dataset_split: str | None = field(
         default=None, metadata={"help": "The split that is cut into phases. Default: train, or the only one."}
@@ -105,8 +129,20 @@ class ScriptArguments:
             "columns and, of classes, templates; see hf_modx.evaluation.load_tests."
         },
     )
-    recipe: str = field(default="modx", metadata={"help": "How to learn and what to keep.", "choices": list(RECIPES)})
-    recipe_args: str = field(default="{}", metadata={"help": "Options of the recipe as JSON: '{\"alpha\": 20}'"})
+    recipe: list[str] = field(
+        default_factory=lambda: ["modx"],
+        metadata={
+            "help": f"How to learn and what to keep: {', '.join(RECIPES)}, or several added up as in modx+er. In a "
+            "YAML file also a list of parts with their options: [{modx: {alpha: 5}}, er]"
+        },
+    )
+    recipe_args: str = field(
+        default="{}",
+        metadata={
+            "help": "Options of the recipe as JSON: '{\"alpha\": 20}'. Of several added up by part: "
+            '\'{"modx": {"alpha": 20}}\''
+        },
+    )
     base_max_steps: int = field(
         default=BASE_MAX_STEPS, metadata={"help": "Steps of the small CLIP before the first phase."}
     )
@@ -121,11 +157,13 @@ class ScriptArguments:
             raise ValueError(f"--recipe_args must be JSON like '{{\"alpha\": 20}}': {error}") from error
         if not isinstance(self.recipe_options, dict):
             raise ValueError("--recipe_args must be a JSON object like '{\"alpha\": 20}'.")
+        self.recipe = parts_of(self.recipe)
         if self.dataset_name is None and self.model_name_or_path is None:
-            self.recipe_options = {**DEMO_RECIPE_ARGS.get(self.recipe, {}), **self.recipe_options}
+            self.recipe_options = demo_options(self.recipe, self.recipe_options)
         if self.protocol is not None and self.data_root is not None:
             for name in {"images", "texts"} & set(self.recipe_options):
                 self.recipe_options[name] = source_of(self.recipe_options[name], self.data_root)
+        build_recipe(self.recipe, **self.recipe_options)  # tells what is wrong with it while the user still looks
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -137,10 +175,30 @@ class ScriptArguments:
             raise ValueError("--protocol has data of its own and does not go with --dataset_name.")
         if self.data_root is not None and self.protocol is None:
             raise ValueError("--data_root needs --protocol.")
+        others = self.dataset_name is not None or self.protocol is not None
+        if others and (self.demo_stream is not None or self.demo_validation):
+            raise ValueError("--demo_stream and --demo_validation do not go with --dataset_name or --protocol.")
         if self.dataset_name is None:
             for name in ("phase_column", "num_phases", "phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} needs --dataset_name: the built-in stream has phases of its own.")
+
+
+def parts_of(recipe: list[str]) -> str | list:
+    """A name as it stands; of several parts each a name or, in JSON, a mapping to its options."""
+    parts = [json.loads(part) if part.startswith("{") else part for part in recipe]
+    return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else parts
+
+
+def demo_options(recipe: str | list, options: dict) -> dict:
+    """The options of a recipe given by name, with those that suit the built-in data where none are given."""
+    if not isinstance(recipe, str):
+        return options
+    names = recipe_name(recipe).split("+")
+    if len(names) == 1:
+        return {**DEMO_RECIPE_ARGS.get(recipe, {}), **options}
+    suited = {name: {**DEMO_RECIPE_ARGS.get(name, {}), **options.get(name, {})} for name in names}
+    return {**options, **{name: of_part for name, of_part in suited.items() if of_part}}
 
 
 def main(argv: list[str]) -> EvaluationMatrix | None:
@@ -183,32 +241,40 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
 
 def use_all_cores(args: ModXTrainingArguments) -> None:
     """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have all cores."""
-    if args.device.type == "cpu" and args.world_size == 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if args.device.type == "cpu" and args.world_size == 1 and launched:
         torch.set_num_threads(os.cpu_count() or 1)
 
 
 def defaults(chosen, given: set[str]) -> dict:
-    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data."""
+    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data, and a
+    recipe those that belong to its method."""
     if chosen.protocol is not None:
         return protocol_defaults(chosen, given)
-    settings = {"output_dir": f"runs/{chosen.recipe}-seed{chosen.seed}"}
+    recipe = parts_of(chosen.recipe)
+    settings = {"output_dir": f"runs/{recipe_name(recipe)}-seed{chosen.seed}"}
     if chosen.dataset_name is None and chosen.model_name_or_path is None:
         settings |= DEMO_DEFAULTS
         if "num_train_epochs" in given:
             del settings["max_steps"]
+    settings |= recipe_arguments(recipe)
+    if "text_learning_rate" in given:
+        settings["text_learning_rate_factor"] = None
     return settings
 
 
 def protocol_defaults(chosen, given: set[str]) -> dict:
     """The settings of the protocol; another recipe than its own has options of its own."""
     settings = dict(read_protocol(chosen.protocol).settings)
-    options = settings.pop("recipe_args", {})
-    if "recipe" not in given or chosen.recipe == settings.get("recipe"):
-        settings["recipe_args"] = json.dumps(options)
-    recipe = chosen.recipe if "recipe" in given else settings.get("recipe", chosen.recipe)
+    own, options = [settings.pop("recipe", "modx")], json.dumps(settings.pop("recipe_args", {}))
+    recipe = chosen.recipe if "recipe" in given else own
+    if recipe == own:
+        settings["recipe_args"] = options
     if "num_train_epochs" in given:
         settings.pop("max_steps", None)
-    return {"output_dir": f"runs/{Path(chosen.protocol).stem}-{recipe}-seed{chosen.seed}", **settings}
+    of_method = recipe_arguments(parts_of(recipe))
+    name = f"{Path(chosen.protocol).stem}-{recipe_name(parts_of(recipe))}-seed{chosen.seed}"
+    return {"output_dir": f"runs/{name}", "recipe": recipe, **of_method, **settings}
 
 
 def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[PhaseStream, dict[str, EvaluationTest]]:
@@ -218,7 +284,7 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[P
         columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "pair_id_column")}
         stream, tests = read_protocol(script.protocol).load(script.data_root, **columns)
     elif script.dataset_name is None:
-        stream = demo_stream(args.seed)
+        stream = DEMO_STREAMS[script.demo_stream or "domain"](args.seed, validation=script.demo_validation)
     else:
         stream = published_stream(script)
         if stream is None:
@@ -231,7 +297,8 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[P
             return part
         return part.shuffle(seed=args.seed).select(range(limit))
 
-    return stream.map_parts(at_most), tests
+    stream = stream.map_parts(at_most)
+    return stream.with_union_test() if script.union_test else stream, tests
 
 
 def published_stream(script: ScriptArguments) -> PhaseStream | None:
@@ -287,11 +354,13 @@ def names(listed: str | None) -> list[str] | None:
 
 
 def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArguments) -> str:
-    lines = [f"Recipe {script.recipe}, {args.contrastive_batch_size} pairs a step"]
+    lines = [f"Recipe {recipe_name(script.recipe)}, {args.contrastive_batch_size} pairs a step"]
+    callbacks = build_recipe(script.recipe, **script.recipe_options)
     before = 0
     for number, phase in enumerate(stream.all_phases(), start=0 if stream.base else 1):
         steps = script.base_max_steps if number == 0 else args.phase_steps(len(phase.train))
-        if number > 0 and any(callback.starts_from == "base" for callback in build_recipe(script.recipe)):
+        steps = steps if number == 0 or all(callback.trains for callback in callbacks) else 0
+        if number > 0 and any(callback.starts_from == "base" for callback in callbacks):
             steps = before = before + steps
         test = f"{len(phase.test):,} to test" if phase.test is not None else "no test"
         lines.append(f"phase {number}: {phase.name}, {len(phase.train):,} pairs to learn in {steps:,} steps, {test}")

@@ -19,12 +19,13 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState
 
+from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_recipe, replay_of
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
-from .embeddings import check_dual_encoder, longest_caption
+from .embeddings import check_dual_encoder
 from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
@@ -33,9 +34,9 @@ from .hub import Revision
 from .hub_run import RunOnHub
 from .identity import changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
-from .model_card import write_phase_card
+from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
-from .provenance import data_source, environment, model_source
+from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .run_folder import (
@@ -78,6 +79,9 @@ class ContinualRun:
     begins (see `hub.py`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
     published is tried again after each phase, at the end, and when `run` is called again.
 
+    With `args.peft` each phase trains a fresh adapter on what it starts from. At its end the adapter is merged; or,
+    with `lora_merge` False, `phase-K/` holds for K > 0 one adapter of the model in `phase-0/` (see `adapter.py`).
+
     Args:
         stream: the phases.
         recipe: what `build_recipe` takes: a name (see `RECIPES`), several as in "modx+er", or a list of parts or loss
@@ -92,8 +96,10 @@ class ContinualRun:
         tests: further tests by name, evaluated after every phase beside the stream's own (see `load_tests`).
 
     Raises:
-        TypeError, ValueError: the model is no dual encoder; columns are missing or hold nulls; images cannot be
-            decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All before any training.
+        ImportError: `args.peft` without PEFT.
+        TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
+            nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
+            before any training.
         HubAccessError: with `push_to_hub`, no token, or one that may not write.
     """
 
@@ -120,6 +126,7 @@ class ContinualRun:
         replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
         self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
         self.callbacks = list(callbacks)
+        self._check_adapter()
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
         self.model = self.processing_class = self.source = None
@@ -162,6 +169,8 @@ class ContinualRun:
             trainer = None
             if not self._is_finished(number):
                 trainer = self._train_phase(number)
+            if self.args.peft is not None:
+                gc.collect()  # the model that is evaluated is not the one that was trained
             if self._evaluate_phase(number, trainer):
                 self._push()
             # A Trainer lives in reference cycles: without this its model, teacher and optimizer would stay in memory
@@ -233,10 +242,21 @@ class ContinualRun:
             model = AutoModel.from_pretrained(model, revision=revision, dtype=torch.float32)
             self.source = on_main_process(lambda: model_source(name, revision))
         check_dual_encoder(model)
+        if has_adapter(model):
+            raise ValueError("A run starts from a plain model: merge the adapter first, model.merge_and_unload().")
         if processing_class is None:
             raise ValueError("Give the model's processor as processing_class, for instance a CLIPProcessor.")
         check_processor(processing_class)
         self.model, self.processing_class, self._model_class = model, processing_class, type(model)
+
+    def _check_adapter(self) -> None:
+        """Raise unless PEFT is there, where it is asked for, and the recipe leaves what an adapter can be."""
+        if self.args.peft is None:
+            return
+        load_peft()
+        needing = [type(callback).__name__ for callback in self.loss_callbacks if callback.needs_merge]
+        if needing and not self.args.lora_merge:
+            raise ValueError(f"What {' and '.join(needing)} leaves is no adapter: it needs lora_merge.")
 
     def _refuse_other_run(self) -> None:
         """Raise unless the folder is free, holds the same run, or one that has trained nothing yet."""
@@ -308,7 +328,9 @@ class ContinualRun:
 
     # ---- One phase ----
 
-    def _train_phase(self, number: int) -> ModXTrainer:
+    def _train_phase(self, number: int) -> ModXTrainer | None:
+        """Train and publish a phase. Its trainer, for the evaluation; None where the model on the disk is another one
+        than the trainer has, which is trained with an adapter."""
         phase = self.stream.phases[number - 1]
         starts_from = self._parent(number)
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
@@ -333,10 +355,11 @@ class ContinualRun:
         if state is not None:
             record["resumed_at_step"] = state.global_step
         self._save_state(number, trainer)
-        self._publish(number, trainer.accelerator.unwrap_model(trainer.model), record)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._publish(number, merged(model) if self.args.peft is not None and self.args.lora_merge else model, record)
         if isinstance(trainer.teacher, CachedTeacher):
             trainer.teacher.remove()
-        return trainer
+        return trainer if self.args.peft is None else None
 
     def _restore_state(self, trainer: ModXTrainer, number: int) -> None:
         """Give the loss callbacks what they knew after phase `number`, which is what they go on from."""
@@ -402,11 +425,10 @@ class ContinualRun:
     def _embed(self, number: int, rows: Dataset) -> tuple[list, list]:
         """The embeddings of some rows under the model after a phase."""
         model = self._load_phase(number)
-        longest = longest_caption(model, self.processing_class.tokenizer)
         return embed_rows(
             model,
             PairDataset(rows, *self._columns),
-            PairCollator(self.processing_class, max_length=longest),
+            PairCollator.for_model(model, self.processing_class),
             batch_size=self.args.eval_batch_size,
             device=self.args.device,
         )
@@ -416,6 +438,8 @@ class ContinualRun:
         args.output_dir = str(checkpoints_folder(self.folder, number))
         args.data_seed = _phase_seed(self.args, number)
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
+        if train_dataset is None:
+            args.peft = None
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
             args.max_steps = self.steps(number)  # not those of an epoch of all data
         return ModXTrainer(
@@ -429,10 +453,23 @@ class ContinualRun:
         )
 
     def _load_phase(self, number: int) -> nn.Module:
-        folder = self.phase_folder(number)
+        return self._load(self.phase_folder(number))
+
+    def _load(self, folder: Path) -> nn.Module:
+        """The model of a phase, an adapter merged into the base that it is one of."""
         if not folder.exists():
             raise FileNotFoundError(f"{folder} is needed to go on and is not there any more.")
-        return self._model_class.from_pretrained(folder, dtype=torch.float32)
+        if (folder / ADAPTER_CONFIG).exists():
+            model = load_merged(self._load_phase(0), folder)
+        else:
+            model = self._model_class.from_pretrained(folder, dtype=torch.float32)
+        model.name_or_path = model.config.name_or_path = ""  # PEFT writes it into checkpoints: no path of this machine
+        return model
+
+    def _save_adapter(self, model: nn.Module, number: int, folder: Path) -> None:
+        before = self.phase_folder(self._parent(number)) if self._parent(number) > 0 else None
+        published = self.hub.repo_id if self.hub is not None else None
+        save_adapter(model, folder, before, *adapter_base(self.source, published))
 
     def _publish(self, number: int, model: nn.Module, record: dict[str, Any] | None = None) -> None:
         self.state.wait_for_everyone()
@@ -440,7 +477,11 @@ class ContinualRun:
             final = self.phase_folder(number)
             temporary = final.with_name(f".{final.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary)
+            if has_adapter(model):
+                self._save_adapter(model, number, temporary)
+                model = self._load(temporary)
+            else:
+                model.save_pretrained(temporary)
             self.processing_class.save_pretrained(temporary)
             if record is not None:
                 write_json(temporary / "training.json", record | {"weights": weights_fingerprint(model)})
@@ -526,7 +567,8 @@ class ContinualRun:
         """The card of a phase, and then the results, which make it a finished one."""
         results = self._results(len(self._rows) - 1)
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}
-        write_phase_card(self.phase_folder(number), self.identity, results, number, **published)
+        config = phase_config(self.folder, number)
+        write_phase_card(self.phase_folder(number), self.identity, results, number, config=config, **published)
         write_json(self.folder / RESULTS, results)
 
     def _results(self, number: int) -> dict[str, Any]:
@@ -609,4 +651,7 @@ def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     record["environment"] = environment(trainer.args.device, trainer.args.world_size)
     for name in ("train_runtime", "train_samples_per_second"):
         record[name] = next((entry[name] for entry in reversed(history) if name in entry), None)
+    joules = [entry["train_energy_joules"] for entry in history if "train_energy_joules" in entry]
+    if joules:
+        record["train_energy_joules"] = joules[-1]
     return record

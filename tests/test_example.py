@@ -137,6 +137,19 @@ def test_yaml_file_comes_first_and_flags_override_it(start, tmp_path):
     assert identity["recipe_args"]["ModX"]["alpha"] == 10.0
 
 
+@pytest.mark.parametrize(
+    "recipe", ["recipe: modx+l2sp\nrecipe_args: {modx: {alpha: 1e1}}", "recipe: [{modx: {alpha: 1e1}}, l2sp]"]
+)
+def test_yaml_file_may_add_recipes_up(start, tmp_path, recipe):
+    named_splits().save_to_disk(tmp_path / "data")
+    config, out = tmp_path / "config.yaml", tmp_path / "out"
+    config.write_text(f"model_name_or_path: {start}\ndataset_name: {tmp_path / 'data'}\n{recipe}\n")
+    continual_clip.main([str(config), *QUICK, "--output_dir", str(out)])
+    identity = json.loads((out / "run.json").read_text())["identity"]
+    assert identity["recipe"] == "modx+l2sp"
+    assert identity["recipe_args"]["ModX"]["alpha"] == 10.0
+
+
 def test_dry_run_prints_phases_and_trains_nothing(start, tmp_path, capsys):
     named_splits().save_to_disk(tmp_path / "data")
     flags = ["--dataset_name", str(tmp_path / "data"), "--dry_run", "--output_dir", str(tmp_path / "out")]
@@ -154,11 +167,28 @@ def test_sizes_can_be_limited(example, tmp_path):
     assert set(results["test_pairs"].values()) == {5}
 
 
+def test_adapters_are_a_flag_and_a_recipe_brings_its_own_settings(example, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    example("--dataset_name", str(tmp_path / "data"), "--recipe", "cclip", "--lora_merge", "false")
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["hyperparameters"]
+    assert (settings["peft"], settings["lora_rank"], settings["lora_dropout"]) == ("lora", 16, 0.1)
+    assert settings["text_learning_rate_factor"] == 10 and settings["lora_merge"] is False
+    assert (tmp_path / "out" / "phase-2" / "adapter_model.safetensors").exists()
+
+
+def test_configuration_for_one_gpu_is_taken_as_it_stands(start, tmp_path, capsys):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--model_name_or_path", start, "--use_cpu", "true", "--dry_run"]
+    continual_clip.main([str(ROOT / "examples" / "lora_one_gpu.yaml"), *flags])
+    assert "Recipe modx, 512 pairs a step" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--recipe_args", "{alpha: 20}"], "must be JSON"),
-        (["--recipe", "nothing"], "invalid choice: 'nothing'"),
+        (["--recipe", "nothing"], "no recipe 'nothing'"),
+        (["--recipe", "joint+modx"], "Joint and ModX each bring the contrastive term"),
         (["--recipe_args", '{"alfa": 20}'], "no option alfa"),
         (["--no_such_flag", "1"], "no_such_flag"),
     ],

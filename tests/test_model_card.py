@@ -168,18 +168,19 @@ def test_facts_that_a_run_records_appear_and_others_do_not(finished):
     _, identity, results = finished()
     results["training"] = [{"steps": 2, "train_runtime": None}, None]
     assert card_problems(phase_card(identity, results, 2)) == []
-    assert not re.search("Software and hardware|starts from|time", phase_card(identity, results, 2))
+    assert not re.search("Software and hardware|starts from|time|energy", phase_card(identity, results, 2))
     results["training"][1] = {
         "environment": environment(torch.device("cpu"), 4),
         "starts_from": 1,
         "weights": "0123456789abcdef",
         "train_runtime": 90.0,
         "resumed_at_step": 1,
+        "train_energy_joules": 5.4e6,
     }
     card = phase_card(identity, results, 2)
     assert card_problems(card) == []
     assert "| processes | 4 |" in card and f"| torch | {torch.__version__} |" in card
-    assert "| phase-1 | 1.5 min from step 1 on | 0123456789abcdef |" in card
+    assert "| phase-1 | 1.5 min from step 1 on | 1.5 kWh | 0123456789abcdef |" in card
 
 
 # ---- Base model and data ----

@@ -47,7 +47,7 @@ def ours(images: Tensor, texts: Tensor, old_images: Tensor, old_texts: Tensor, s
 
 
 def plain(images: Tensor, texts: Tensor, old_images: Tensor, old_texts: Tensor, scale: Tensor) -> Tensor:
-    new, old, target = images @ texts.T, old_images @ old_texts.T, torch.arange(len(images))
+    new, old, target = images @ texts.T, old_images @ old_texts.T, torch.arange(len(images), device=images.device)
     contrastive = (F.cross_entropy(scale * new, target) + F.cross_entropy(scale * new.T, target)) / 2
     return contrastive + ALPHA * (screened_kl(new, old, target) + screened_kl(new.T, old.T, target)) / 2
 

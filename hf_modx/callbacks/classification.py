@@ -61,6 +61,8 @@ class Classification(LossCallback):
                 "The batch has an image of a class that is not of this phase: replay captions, not classes."
             )
         logits = student.logit_scale * student.image @ context.extra.text.T
+        if student.logit_bias is not None:  # changes no probability, and distributed training wants it used
+            logits = logits + student.logit_bias
         return {"classification": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 

@@ -76,14 +76,14 @@ def own_share(number: int) -> slice:
     return slice(number * rank // processes, number * (rank + 1) // processes)
 
 
-def pixel_values(
+def reference_pixels(
     images: Dataset,
     rows: Callable[[int], Sequence[int]],
     items: range,
     collator: PairCollator,
     num_workers: int,
-) -> Iterator[Tensor]:
-    """Of each item k the preprocessed images `rows(k)`, (R, C, H, W); (0,) for none."""
+) -> Iterator[dict[str, Tensor]]:
+    """Of each item k the preprocessed images `rows(k)`; empty for none."""
     loader = DataLoader(
         _Pictures(images, rows, collator),
         batch_size=None,
@@ -100,12 +100,12 @@ class _Pictures(torch.utils.data.Dataset):
         self.rows = rows
         self.collator = collator
 
-    def __getitem__(self, item: int) -> Tensor:
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
         rows = list(self.rows(item))
         if not rows:
-            return torch.empty(0)
+            return {}
         (column,) = self.images.column_names
-        return self.collator.pixel_values([to_rgb(image) for image in self.images[rows][column]])
+        return self.collator.pixels([to_rgb(image) for image in self.images[rows][column]])
 
 
 @torch.no_grad()
@@ -129,24 +129,28 @@ def embed_references(
     model.eval()
 
     def of_images(batches: list[range]) -> Iterator[Tensor]:
-        pictures = pixel_values(images, batches.__getitem__, range(len(batches)), collator, num_workers)
+        pictures = reference_pixels(images, batches.__getitem__, range(len(batches)), collator, num_workers)
         for pixels in pictures:
             with autocast():
-                yield embed_images(model, pixels.to(device))
+                yield embed_images(model, **_on(device, pixels))
 
     def of_texts(batches: list[range]) -> Iterator[Tensor]:
         for batch in batches:
             tokens = collator.tokens([texts[place] for place in batch])
             with autocast():
-                yield embed_texts(model, tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
+                yield embed_texts(model, **_on(device, tokens))
 
     tables = {
         "image": _embed_together(len(images), batch_size, of_images),
         "text": _embed_together(len(texts), batch_size, of_texts),
-        "logit_scale": model.logit_scale.detach().exp().float().cpu(),
+        "logit_scale": model.logit_scale.detach().exp().float().cpu().reshape(()),
     }
     model.train(was_training)
     return tables
+
+
+def _on(device: torch.device | str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _embed_together(number: int, batch_size: int, embed: Callable[[list[range]], Iterator[Tensor]]) -> Tensor:

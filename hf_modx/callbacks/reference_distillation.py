@@ -13,7 +13,7 @@ from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
 from ..tables import load_table
 from .base import LossCallback, LossContext, PhaseBoundary
-from .reference import Draw, embed_references, pixel_values, reference_images, reference_texts
+from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts
 
 IMAGES, TEXTS = 1, 2  # set the draws apart from each other and from those of the training data
 
@@ -103,7 +103,7 @@ class ReferenceDistillation(LossCallback):
         self._base: Dataset | None = None
         self._tables: dict[str, Tensor] = {}
         self._pictures = None
-        self._pixels = torch.empty(0)
+        self._pixels: dict[str, Tensor] = {}
 
     # ---- The data ----
 
@@ -139,7 +139,7 @@ class ReferenceDistillation(LossCallback):
         if self.teacher not in ("initial", "previous"):
             model = AutoModel.from_pretrained(self.teacher, dtype=torch.float32).to(phase.args.device)
             check_dual_encoder(model)
-            collator = PairCollator(AutoProcessor.from_pretrained(self.teacher))
+            collator = PairCollator.for_model(model, AutoProcessor.from_pretrained(self.teacher))
         return embed_references(
             model,
             self._images,
@@ -156,13 +156,13 @@ class ReferenceDistillation(LossCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         steps = range(state.global_step, state.max_steps)
         workers = args.dataloader_num_workers
-        self._pictures = pixel_values(self._images, self._drawn_images.own, steps, self._collator, workers)
+        self._pictures = reference_pixels(self._images, self._drawn_images.own, steps, self._collator, workers)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._pixels = next(self._pictures)
 
     def extra_inputs(self, context: LossContext) -> dict[str, Tensor]:
-        inputs = {"pixel_values": self._pixels} if len(self._pixels) else {}
+        inputs = dict(self._pixels)
         if self.distill_text_tower:
             own = self._drawn_texts.own(context.step)
             inputs |= self._collator.tokens([self._texts[place] for place in own]) if len(own) else {}

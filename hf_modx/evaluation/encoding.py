@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 
 from ..data import PairCollator, PairDataset
 from ..distributed import all_gather_rows, process_index, world_size
-from ..embeddings import embed_images, embed_texts
+from ..embeddings import embed_images, embed_texts, image_inputs, text_inputs, vision_features
 from ..images import to_rgb
 
 
@@ -83,11 +83,8 @@ def encode_pairs(
     shards: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "rows", "ids", "text_rows", "text_ids")}
     for batch in loader:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        shards["image"].append(embed_images(dual_encoder, batch.pop("pixel_values")))
-        texts = [
-            embed_texts(dual_encoder, batch["input_ids"][at : at + batch_size], mask)
-            for at, mask in _slices(batch.pop("attention_mask"), batch_size)
-        ]
+        shards["image"].append(embed_images(dual_encoder, **image_inputs(batch)))
+        texts = [embed_texts(dual_encoder, **part) for part in _slices(text_inputs(batch), batch_size)]
         shards["text"].append(torch.cat(texts))
         for name in ("rows", "ids", "text_rows", "text_ids"):
             shards[name].append(batch[name])
@@ -102,15 +99,16 @@ def encode_pairs(
     )
 
 
-def _slices(tensor: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    return [(start, tensor[start : start + size]) for start in range(0, len(tensor), size)]
+def _slices(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    starts = range(0, len(inputs["input_ids"]), size)
+    return [{name: tensor[at : at + size] for name, tensor in inputs.items()} for at in starts]
 
 
 class AllCaptions:
     """Collate with every caption of a row instead of one; no augmentation.
 
-    Returns, when called with N items of `PairDataset` that have C captions: `pixel_values` (N, ...), `input_ids` and
-    `attention_mask` (C, T), `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
+    Returns, when called with N items of `PairDataset` that have C captions: the collator's `pixels` of N images and
+    `tokens` of C captions, `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
     """
 
     def __init__(self, collator: PairCollator):
@@ -119,7 +117,7 @@ class AllCaptions:
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [(caption, pair) for pair in pairs for caption in pair["captions"]]
         return {
-            "pixel_values": self.collator.pixel_values([pair["image"] for pair in pairs]),
+            **self.collator.pixels([pair["image"] for pair in pairs]),
             **self.collator.tokens([caption for caption, _ in captions]),
             "rows": torch.tensor([pair["row_id"] for pair in pairs]),
             "ids": torch.tensor([pair["pair_id"] for pair in pairs]),
@@ -135,7 +133,7 @@ class Encoder:
 
     Attributes:
         dual_encoder: unwrapped, in eval mode.
-        collator: gives pixel values and tokens.
+        collator: gives what the two towers read.
         batch_size: images or texts embedded at once.
         num_workers: processes that decode images.
         device: where the model is.
@@ -149,12 +147,12 @@ class Encoder:
 
     def image_embeds(self, images: Dataset) -> Tensor:
         """(N, D), unit-norm, of a table whose only column are N images, in their order."""
-        return self._images(images, lambda pixels: embed_images(self.dual_encoder, pixels))
+        return self._images(images, lambda **inputs: embed_images(self.dual_encoder, **inputs))
 
     def vision_features(self, images: Dataset) -> Tensor:
         """(N, H), what the vision tower says of N images before the projection into the common space: the features of
         CLIP's linear probes (Radford et al., 2021, appendix A.3)."""
-        return self._images(images, lambda pixels: self.dual_encoder.vision_model(pixel_values=pixels).pooler_output)
+        return self._images(images, lambda **inputs: vision_features(self.dual_encoder, **inputs))
 
     def text_embeds(self, texts: Sequence[str]) -> Tensor:
         """(M, D), unit-norm, of M texts."""
@@ -162,24 +160,23 @@ class Encoder:
         def embed(places: Sequence[int]) -> Iterator[Tensor]:
             for start in range(0, len(places), self.batch_size):
                 tokens = self.collator.tokens([texts[place] for place in places[start : start + self.batch_size]])
-                ids, mask = (tokens[name].to(self.device) for name in ("input_ids", "attention_mask"))
-                yield embed_texts(self.dual_encoder, ids, mask)
+                yield embed_texts(self.dual_encoder, **{name: part.to(self.device) for name, part in tokens.items()})
 
         return self._together(len(texts), embed)
 
-    def _images(self, images: Dataset, function: Callable[[Tensor], Tensor]) -> Tensor:
+    def _images(self, images: Dataset, function: Callable[..., Tensor]) -> Tensor:
         pictures = _Pictures(images)
 
         def embed(places: Sequence[int]) -> Iterator[Tensor]:
             loader = DataLoader(
                 Subset(pictures, places),
                 batch_size=self.batch_size,
-                collate_fn=self.collator.pixel_values,
+                collate_fn=self.collator.pixels,
                 num_workers=self.num_workers,
                 generator=torch.Generator(),  # its seed is drawn from the global one otherwise
             )
-            for pixels in loader:
-                yield function(pixels.to(self.device))
+            for inputs in loader:
+                yield function(**{name: part.to(self.device) for name, part in inputs.items()})
 
         return self._together(len(images), embed)
 

@@ -1,0 +1,475 @@
+"""Tables, figures and model cards of the runs of a study: `python examples/study/tables.py runs/study`.
+
+Reads nothing but the folders of the runs, finished or not, and writes `tables.md`, `measures.csv`, `measures.json`,
+figures (with the `plots` extra) and `cards/`.
+"""
+
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_modx import callbacks
+from hf_modx.files import read_json, write_json, write_text
+from hf_modx.model_card import write_card_of_run
+
+STUDY, FAILED = "study.json", "failed.json"
+UNION = "union"
+METRIC = "image_to_text_recall@1"
+METRICS = (METRIC, "image_to_text_recall@5", "image_to_text_mrr", "text_to_image_recall@1")
+REFERENCE, BOUND = "finetune", "joint"
+
+EXTRA = {
+    "ReferenceDistillation": "{images_per_step} reference images a step ({image_source})",
+    "IncCLIP": "a text made for each stored pair, and embedded with it",
+    "EWC": "gradients of {batches} batches a phase",
+}
+"""What a callback takes that is no replayed pair and no pass of the teacher over the batch."""
+
+# Quantile 0.975 of Student's t for 1, 2, ... degrees of freedom.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+
+DEFINITIONS = """\
+In percent; mean ± standard deviation over the seeds. A test's gallery is the test itself; every test shows drawings
+that were never trained on.
+
+- plasticity: what a phase's test reaches right after its phase, mean over phases. Relative: over fine-tuning's.
+- old, end: mean over the tests of the base and of all phases but the last, after the last phase.
+- last: mean over all tests after the last phase. last - finetune: paired by seed, 95 % interval (Student's t).
+- forgetting: mean over the old tests of their best value before the last phase less that after it.
+- forgetting removed: (last - finetune's last) / (finetune's mean right after its phases, base included, - its last),
+  of means over seeds; not determined (n.d.) where the denominator is below three standard errors or there is one seed.
+- gap to joint: joint's last - last. Joint starts from the base and trains on all pairs for the summed steps.
+- union: the pairs of all tests in one gallery, after the last phase.
+"""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A run as it lies on the disk; `results` of a finished one."""
+
+    stream: str
+    recipe: str
+    seed: int
+    front: str | None
+    folder: Path
+    results: Mapping[str, Any] | None
+    state: str
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) != 1:
+        raise SystemExit(__doc__)
+    write(Path(argv[0]), figures=True, cards=True)
+
+
+def write(folder: Path, *, figures: bool = False, cards: bool = False) -> None:
+    """Write all that can be told of the runs below the folder."""
+    cells = read_cells(folder)
+    streams: dict[str, list[Cell]] = {}
+    for cell in cells:
+        streams.setdefault(cell.stream, []).append(cell)
+    found = {stream: summary(of_stream) for stream, of_stream in streams.items()}
+    write_text(folder / "tables.md", "\n".join(["# Study", "", DEFINITIONS, *map(chapter, streams.values())]))
+    write_json(folder / "measures.json", found)
+    write_csv(cells, folder / "measures.csv")
+    if figures:
+        draw(streams, found, folder)
+    if cards:
+        write_cards(cells, folder / "cards")
+
+
+# ---- The runs ----
+
+
+def read_cells(folder: Path) -> list[Cell]:
+    cells = []
+    for path in sorted(folder.glob(f"*/*/{STUDY}")):
+        record, run = read_json(path), path.parent
+        results = read_json(run / "results.json") if is_finished(run) else None
+        cells.append(
+            Cell(run.parent.name, record["recipe"], record["seed"], record.get("front"), run, results, state(run))
+        )
+    return cells
+
+
+def is_finished(run: Path) -> bool:
+    done, of = progress(run)
+    return done > 0 and done == of
+
+
+def progress(run: Path) -> tuple[int, int]:
+    """Phases that are evaluated, and phases of the run."""
+    record, results = read_json(run / "run.json"), read_json(run / "results.json")
+    if record is None:
+        return 0, 0
+    return len(results["phases"]) if results is not None else 0, len(record["identity"]["phases"])
+
+
+def failure(run: Path) -> str | None:
+    """Why a run has failed; None where it has not."""
+    record = read_json(run / FAILED)
+    return record["reason"] if record is not None else None
+
+
+def state(run: Path) -> str:
+    if is_finished(run):
+        return "finished"
+    if (reason := failure(run)) is not None:
+        return f"failed: {reason}"
+    done, of = progress(run)
+    return f"unfinished: {done} of {of} phases" if of else "unfinished: no phase yet"
+
+
+# ---- What they say ----
+
+
+def measures(results: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The numbers of `DEFINITIONS` for one run, as fractions; `reached` is every test right after what teaches it, the
+    base included."""
+    matrix, last = results["matrix"][metric], len(results["phases"])
+    taught = [(test, phase) for test, phase in enumerate(results["learned_at"]) if phase is not None]
+    old = [(test, phase) for test, phase in taught if phase < last]
+    found = {
+        "plasticity": mean(matrix[phase][test] for test, phase in taught if phase > 0),
+        "reached": mean(matrix[phase][test] for test, phase in taught),
+        "old": mean(matrix[last][test] for test, _ in old),
+        "last": mean(matrix[last][test] for test, _ in taught),
+        "forgetting": mean(max(row[test] for row in matrix[phase:last]) - matrix[last][test] for test, phase in old),
+    }
+    if UNION in results["tests"]:
+        found[UNION] = matrix[last][results["tests"].index(UNION)]
+    return found
+
+
+def summary(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Recipe -> metric -> measure -> values by seed, mean, spread; and the comparisons with fine-tuning and joint."""
+    recipes = finished(cells)
+    found: dict[str, dict[str, Any]] = {}
+    for recipe, runs in recipes.items():
+        found[recipe] = {}
+        for metric in METRICS:
+            by_seed = {seed: measures(cell.results, metric) for seed, cell in runs.items()}
+            names = list(next(iter(by_seed.values())))
+            found[recipe][metric] = {name: spread({s: m[name] for s, m in by_seed.items()}) for name in names}
+    for by_metric in found.values():
+        for metric, own in by_metric.items():
+            own.update(comparisons(own, *(found.get(other, {}).get(metric) for other in (REFERENCE, BOUND))))
+    return found
+
+
+def finished(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
+    """Recipe -> seed -> finished run, fine-tuning first and joint last."""
+    place = {REFERENCE: 0, "frozen": 1, BOUND: 3}
+    recipes: dict[str, dict[int, Cell]] = {}
+    for cell in sorted(cells, key=lambda cell: (place.get(cell.recipe, 2), cell.front or "", cell.recipe, cell.seed)):
+        if cell.results is not None:
+            recipes.setdefault(cell.recipe, {})[cell.seed] = cell
+    return recipes
+
+
+def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if joint is not None:
+        found["gap_to_joint"] = paired(joint["last"], own["last"])
+    if finetune is None:
+        return found
+    found["last_less_finetune"] = paired(own["last"], finetune["last"])
+    found["relative_plasticity"] = ratio(own["plasticity"]["mean"], finetune["plasticity"]["mean"])
+    lost = paired(finetune["reached"], finetune["last"])
+    gained = found["last_less_finetune"]
+    if lost["error"] is not None and gained["mean"] is not None and lost["mean"] >= 3 * lost["error"] > 0:
+        found["forgetting_removed"] = gained["mean"] / lost["mean"]
+    else:
+        found["forgetting_removed"] = None
+    return found
+
+
+def spread(by_seed: Mapping[int, float]) -> dict[str, Any]:
+    values = list(by_seed.values())
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": mean(values), "deviation": deviation, "by_seed": dict(by_seed)}
+
+
+def paired(one: Mapping, other: Mapping) -> dict[str, Any]:
+    """The difference over the seeds that both have: mean, standard error and half the 95 % interval."""
+    seeds = [seed for seed in one["by_seed"] if seed in other["by_seed"]]
+    differences = [one["by_seed"][seed] - other["by_seed"][seed] for seed in seeds]
+    error = interval = None
+    if len(seeds) > 1:
+        error = statistics.stdev(differences) / math.sqrt(len(seeds))
+        interval = error * (STUDENT[len(seeds) - 2] if len(seeds) <= len(STUDENT) + 1 else STUDENT[-1])
+    return {"mean": mean(differences), "error": error, "interval": interval, "seeds": len(seeds)}
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return statistics.fmean(values) if values else None
+
+
+def ratio(one: float | None, other: float | None) -> float | None:
+    return one / other if one is not None and other else None
+
+
+# ---- What they cost ----
+
+
+def costs(cell: Cell) -> dict[str, str]:
+    """What a recipe takes beside the student's own pairs, as many a step for all. Where every phase starts from the
+    base, as joint's do, the steps are those to the last model."""
+    training, parts = cell.results["training"], read_json(cell.folder / "run.json")["identity"]
+    options = parts["recipe_args"]
+    if all(record["starts_from"] == 0 for record in training):
+        training = training[-1:]
+    steps = sum(record["steps"] for record in training)
+    seconds = sum(record["train_runtime"] or 0 for record in training)
+    kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
+    stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
+    live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
+    extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
+    return {
+        "steps": str(steps),
+        "ms a step": f"{1000 * seconds / steps:.0f}" if steps else "0",
+        "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
+        "stored pairs": f"{stored:,}",
+        "extra data and passes": ", ".join(extra) or "none",
+        "rows distilled": f"{100 * mean(kept):.0f} %" if kept else "not counted",
+    }
+
+
+# ---- Tables ----
+
+
+def has_collapsed(results: Mapping[str, Any]) -> bool:
+    """Chance alone would find some."""
+    return not any(results["matrix"]["image_to_text_recall@10"][-1])
+
+
+def chapter(cells: Sequence[Cell]) -> str:
+    """All of one stream."""
+    found, recipes = summary(cells), finished(cells)
+    lines = [f"## {cells[0].stream}", ""]
+    if recipes:
+        some = next(iter(next(iter(recipes.values())).values()))
+        lines += [setting(some), "", *overview(found, recipes), "", *by_test(recipes), "", *prices(recipes), ""]
+    unfinished = [cell for cell in cells if cell.results is None]
+    if unfinished:
+        lines += ["Not in these tables:", ""]
+        lines += [f"- {cell.recipe}, seed {cell.seed}: {cell.state}" for cell in unfinished]
+    collapsed = [cell for cell in cells if cell.results is not None and has_collapsed(cell.results)]
+    if collapsed:
+        lines += [
+            "",
+            "At the end no image finds its caption among the first ten, diverged or collapsed to one point:",
+            "",
+        ]
+        lines += [f"- {cell.recipe}, seed {cell.seed}" for cell in collapsed]
+    return "\n".join([*lines, ""])
+
+
+def setting(cell: Cell) -> str:
+    record, results = read_json(cell.folder / "run.json"), cell.results
+    validation = "--demo_validation" in read_json(cell.folder / STUDY)["flags"]
+    hyper = record["identity"]["hyperparameters"]
+    tests = ", ".join(f"{name} {n} ({100 / n:.2f})" for name, n in results["test_pairs"].items())
+    phases = ", ".join(f"{phase['name']} {phase['rows']:,}" for phase in record["identity"]["phases"])
+    device = next((r["environment"]["device"] for r in results["training"]), "unknown")
+    return (
+        f"{'Validation drawings in the place of the tests. ' if validation else ''}"
+        f"Pairs to learn: {phases}. Gallery sizes of the tests (recall@1 by chance, percent): {tests}. "
+        f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
+        f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps. Device: {device}."
+    )
+
+
+def overview(found: Mapping[str, Any], recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
+    def part(metric: str, name: str) -> Callable[[Mapping], str]:
+        return lambda own: plus_minus(own[metric][name]) if name in own[metric] else "no such test"
+
+    columns: dict[str, Callable[[Mapping], str]] = {
+        "plasticity": part(METRIC, "plasticity"),
+        "old, end": part(METRIC, "old"),
+        "last": part(METRIC, "last"),
+        "last - finetune": lambda own: difference(own[METRIC].get("last_less_finetune")),
+        "forgetting": part(METRIC, "forgetting"),
+        "forgetting removed": lambda own: percent(own[METRIC].get("forgetting_removed")),
+        "relative plasticity": lambda own: percent(own[METRIC].get("relative_plasticity")),
+        "gap to joint": lambda own: difference(own[METRIC].get("gap_to_joint")),
+        "union": part(METRIC, UNION),
+        "last R@5": part(METRICS[1], "last"),
+        "last MRR": part(METRICS[2], "last"),
+        "last T2I R@1": part(METRICS[3], "last"),
+    }
+    rows = [[name, seeds(recipes[name]), *(show(own) for show in columns.values())] for name, own in found.items()]
+    return ["Image-to-text recall@1 where nothing else is said.", "", *table(["recipe", "seeds", *columns], rows)]
+
+
+def by_test(recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
+    """Each test right after the phase that teaches it, and at the end."""
+    some = next(iter(next(iter(recipes.values())).values())).results
+    tests, learned_at, last = some["tests"], some["learned_at"], len(some["phases"])
+
+    def cell(runs: Mapping[int, Cell], row: int, test: int) -> str:
+        return plus_minus(spread({s: run.results["matrix"][METRIC][row][test] for s, run in runs.items()}))
+
+    places = [(f"{tests[i]}, learned", k, i) for i, k in enumerate(learned_at) if k is not None]
+    places += [(f"{test}, end", last, i) for i, test in enumerate(tests)]
+    rows = [[name, *(cell(runs, row, test) for _, row, test in places)] for name, runs in recipes.items()]
+    return table(["recipe", *(title for title, _, _ in places)], rows)
+
+
+def prices(recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
+    found = {name: costs(next(iter(runs.values()))) for name, runs in recipes.items()}
+    columns = list(next(iter(found.values())))
+    rows = [[name, *of_recipe.values()] for name, of_recipe in found.items()]
+    note = "Of the first seed; the time is that of a machine with as many runs at once as `--jobs` said."
+    return [note, "", *table(["recipe", *columns], rows)]
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def seeds(runs: Mapping[int, Cell]) -> str:
+    return " ".join(map(str, runs))
+
+
+def plus_minus(value: Mapping[str, Any]) -> str:
+    deviation = f" ± {100 * value['deviation']:.1f}" if value["deviation"] is not None else ""
+    return f"{100 * value['mean']:.1f}{deviation}"
+
+
+def difference(value: Mapping[str, Any] | None) -> str:
+    if value is None or value["mean"] is None:
+        return "n.d."
+    middle = 100 * value["mean"]
+    if value["interval"] is None:
+        return f"{middle:+.1f}"
+    half = 100 * value["interval"]
+    return f"{middle:+.1f} [{middle - half:+.1f}, {middle + half:+.1f}]"
+
+
+def percent(value: float | None) -> str:
+    return "n.d." if value is None else f"{100 * value:.0f} %"
+
+
+def write_csv(cells: Sequence[Cell], path: Path) -> None:
+    """A line a run and metric, fractions."""
+    names = ["plasticity", "reached", "old", "last", "forgetting", UNION]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        lines = csv.DictWriter(file, ["stream", "recipe", "seed", "state", "metric", *names])
+        lines.writeheader()
+        for cell in cells:
+            who = {"stream": cell.stream, "recipe": cell.recipe, "seed": cell.seed, "state": cell.state}
+            if cell.results is None:
+                lines.writerow(who)
+                continue
+            for metric in METRICS:
+                lines.writerow({**who, "metric": metric, **measures(cell.results, metric)})
+
+
+def write_cards(cells: Sequence[Cell], folder: Path) -> None:
+    """The card after the last phase of every recipe's first finished seed."""
+    done = set()
+    for cell in cells:
+        if cell.results is not None and (cell.stream, cell.recipe) not in done:
+            done.add((cell.stream, cell.recipe))
+            write_card_of_run(cell.folder, len(cell.results["phases"]), folder / cell.stream / cell.folder.name)
+
+
+# ---- Figures ----
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+    "#999933",
+    "#882255",
+    "#44AA99",
+)
+MARKERS = "osD^vPX"  # another number than of colours: their pairs repeat late
+
+
+def draw(streams: Mapping[str, Sequence[Cell]], found: Mapping[str, Mapping], folder: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("No figures: pip install 'hf_modx[plots]'")
+        return
+    drawable = {stream: cells for stream, cells in streams.items() if found[stream]}
+    if not drawable:
+        return
+    figure = Figure(figsize=(5.2 * len(drawable), 4.6), layout="constrained")
+    for (stream, cells), axes in zip(
+        drawable.items(), figure.subplots(1, len(drawable), squeeze=False)[0], strict=True
+    ):
+        draw_front(axes, cells, found[stream])
+        axes.set_title(stream)
+    figure.savefig(folder / "front.png", dpi=130)
+    for stream, cells in drawable.items():
+        draw_curves(Figure, finished(cells), folder / f"curves-{stream}.png")
+
+
+def draw_front(axes, cells: Sequence[Cell], found: Mapping[str, Mapping]) -> None:
+    """Stability against plasticity: a point a recipe, those of one front joined; bars are standard deviations."""
+    fronts: dict[str, list[str]] = {}
+    for recipe, runs in finished(cells).items():
+        fronts.setdefault(next(iter(runs.values())).front or recipe, []).append(recipe)
+    for number, recipes in enumerate(fronts.values()):
+        own = [found[recipe][METRIC] for recipe in recipes]
+        points = sorted(
+            (
+                [100 * (part[name][of] or 0) for name in ("plasticity", "old") for of in ("mean", "deviation")]
+                for part in own
+            ),
+        )
+        x, x_error, y, y_error = zip(*points, strict=True)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        axes.errorbar(x, y, y_error, x_error, color=colour, marker=marker, lw=1.2, elinewidth=0.6, alpha=0.9)
+        for recipe, part in zip(recipes, own, strict=True):
+            place = (100 * part["plasticity"]["mean"], 100 * part["old"]["mean"])
+            axes.annotate(recipe, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
+    axes.set_xlabel("plasticity: recall@1 right after its phase, %")
+    axes.set_ylabel("stability: recall@1 of old tests at the end, %")
+    axes.grid(alpha=0.3)
+
+
+def draw_curves(figure_class, recipes: Mapping[str, Mapping[int, Cell]], path: Path) -> None:
+    """One panel a test: recall after every phase, a line a recipe (those of fronts left out), the range over seeds."""
+    shown = {name: runs for name, runs in recipes.items() if next(iter(runs.values())).front is None}
+    if not shown:
+        return
+    some = next(iter(next(iter(shown.values())).values())).results
+    tests, ticks = some["tests"], range(len(some["phases"]) + 1)
+    figure = figure_class(figsize=(3 * len(tests), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(tests), squeeze=False)[0]
+    for test, axes in enumerate(panels):
+        for number, (recipe, runs) in enumerate(shown.items()):
+            rows = [[100 * row[test] for row in run.results["matrix"][METRIC]] for run in runs.values()]
+            columns = list(zip(*rows, strict=True))
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            axes.plot(ticks, list(map(mean, columns)), color=colour, marker=marker, ms=4, lw=1.2, label=recipe)
+            axes.fill_between(ticks, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12, lw=0)
+        if some["learned_at"][test] is not None:
+            axes.axvline(some["learned_at"][test], color="grey", lw=1, ls=":")
+        axes.set_title(f"test: {tests[test]}", fontsize=10)
+        axes.set_xticks(ticks, ["start", *some["phases"]], rotation=40, ha="right", fontsize=8)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("image-to-text recall@1, %")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False, fontsize=8
+    )
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
