@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -10,14 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import CLIPModel
 
-from hf_modx import ContinualRun, Phase, PhaseStream
+from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.disorder_of_run import DisorderOfRun
 from hf_modx.evaluation import EncodedPairs, encode_pairs, imav, spatial_disorder
 from hf_modx.evaluation.disorder import angles
 
 from launch import launch
-from tiny import tiny_pairs
+from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 
 def unit(rows, dim=8, seed=0, dtype=torch.float32):
@@ -191,27 +190,33 @@ def stream(base=True):
     return PhaseStream(tuple(parts[1:]), base=parts[0] if base else None)
 
 
-@pytest.fixture
-def run(model, processor, make_args):
-    def run(phases=None, **changes):
-        args = make_args(max_steps=3, **changes)
-        continual = ContinualRun(phases or stream(), "finetune", args, model=model, processing_class=processor)
-        continual.run()
-        return continual, json.loads((continual.folder / "results.json").read_text())
-
-    return run
+def finish(args, phases=None):
+    processor = tiny_processor()
+    run = ContinualRun(phases or stream(), "finetune", args, model=tiny_clip(processor), processing_class=processor)
+    run.run()
+    return run, json.loads((run.folder / "results.json").read_text())
 
 
-def test_run_compares_every_phase_with_the_one_before_and_the_start(run, processor):
-    continual, results = run(imav_samples=5)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was not interrupted."""
+    args = ModXTrainingArguments(
+        output_dir=str(tmp_path_factory.mktemp("whole") / "out"), per_device_train_batch_size=8, max_steps=3,
+        learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, imav_samples=5,
+    )  # fmt: skip
+    return finish(args)
+
+
+def test_run_compares_every_phase_with_the_one_before_and_the_start(whole):
+    run, results = whole
     start, first, second = results["spatial_disorder"]["phases"]
     assert start is None and first["since_previous"] == first["since_start"]
     assert set(second["since_start"]["tests"]) == {"part 0", "part 1", "part 2"}
     tables = {}
     for number in (0, 2):
-        trained = CLIPModel.from_pretrained(continual.phase_folder(number))
+        trained = CLIPModel.from_pretrained(run.phase_folder(number))
         test = PairDataset(stream().base.test, "image", "caption", "pair_id")
-        tables[number] = encode_pairs(trained.eval(), test, PairCollator(processor), batch_size=8)
+        tables[number] = encode_pairs(trained.eval(), test, PairCollator(tiny_processor()), batch_size=8)
     expected = json.loads(json.dumps(spatial_disorder(tables[0], tables[2]).to_dict()))
     found = second["since_start"]["tests"]["part 0"]
     assert found["image"]["ram"]["mean"] == pytest.approx(expected["image"]["ram"]["mean"], abs=1e-3)
@@ -220,40 +225,42 @@ def test_run_compares_every_phase_with_the_one_before_and_the_start(run, process
     assert second["since_start"]["imav"]["pairs"] <= 5
 
 
-def test_interrupted_run_finds_the_same_disorder(run, tmp_path):
-    _, whole = run(imav_samples=5)
-    shutil.move(tmp_path / "out", tmp_path / "whole")
+def test_card_shows_the_angles(whole):
+    run, results = whole
+    card = (run.phase_folder(2) / "README.md").read_text()
+    found = results["spatial_disorder"]["phases"][2]["since_start"]["tests"]["part 1"]
+    row = next(line for line in card.splitlines() if line.startswith("| the start | part 1 |"))
+    assert f"| {found['image']['ram']['mean']:.1f} | {found['image']['sam']['mean']:.1f} |" in row
+
+
+def test_interrupted_run_finds_the_same_disorder(whole, make_args):
+    settings = {"max_steps": 3, "imav_samples": 5, "per_device_eval_batch_size": 8}
     phases = stream()
-    run(PhaseStream(phases.phases[:1], base=phases.base), imav_samples=5)
-    _, continued = run(imav_samples=5)
-    entries = [results["spatial_disorder"]["phases"][1]["since_start"] for results in (whole, continued)]
-    assert entries[0]["imav"] == entries[1]["imav"] and entries[0]["tests"]["part 0"] == entries[1]["tests"]["part 0"]
+    finish(make_args(**settings), PhaseStream(phases.phases[:1], base=phases.base))
+    _, continued = finish(make_args(**settings))
+    expected, found = (results["spatial_disorder"]["phases"] for results in (whole[1], continued))
+    one, other = (entries[1]["since_start"] for entries in (expected, found))
+    assert one["imav"]["mean"] == pytest.approx(other["imav"]["mean"], abs=1e-3)
+    assert one["tests"]["part 0"]["text"]["sam"]["mean"] == pytest.approx(
+        other["tests"]["part 0"]["text"]["sam"]["mean"], abs=1e-3
+    )
     for since in ("since_previous", "since_start"):
-        for name, test in whole["spatial_disorder"]["phases"][2][since]["tests"].items():
-            found = continued["spatial_disorder"]["phases"][2][since]["tests"][name]
-            assert found["text"]["sam"]["mean"] == pytest.approx(test["text"]["sam"]["mean"], abs=1e-3)
-        found, expected = (results["spatial_disorder"]["phases"][2][since]["imav"] for results in (continued, whole))
-        assert found["mean"] == pytest.approx(expected["mean"], abs=1e-3)
+        for name, test in expected[2][since]["tests"].items():
+            same = found[2][since]["tests"][name]
+            assert same["text"]["sam"]["mean"] == pytest.approx(test["text"]["sam"]["mean"], abs=1e-3)
+        assert found[2][since]["imav"]["mean"] == pytest.approx(expected[2][since]["imav"]["mean"], abs=1e-3)
 
 
-def test_stream_without_a_base_has_no_training_pairs_of_the_start(run):
-    _, results = run(stream(base=False), imav_samples=4)
+def test_stream_without_a_base_has_no_training_pairs_of_the_start(make_args):
+    _, results = finish(make_args(max_steps=3, imav_samples=4), stream(base=False))
     second = results["spatial_disorder"]["phases"][2]
     assert "imav" in second["since_previous"] and "imav" not in second["since_start"]
 
 
-def test_without_it_neither_results_nor_card_have_a_place_for_it(run):
-    continual, results = run(spatial_disorder=False)
+def test_without_it_neither_results_nor_card_have_a_place_for_it(make_args):
+    run, results = finish(make_args(max_steps=3, spatial_disorder=False))
     assert "spatial_disorder" not in results
-    assert "embeddings have moved" not in (continual.phase_folder(2) / "README.md").read_text()
-
-
-def test_card_shows_the_angles(run):
-    continual, results = run()
-    card = (continual.phase_folder(2) / "README.md").read_text()
-    found = results["spatial_disorder"]["phases"][2]["since_start"]["tests"]["part 1"]
-    row = next(line for line in card.splitlines() if line.startswith("| the start | part 1 |"))
-    assert f"| {found['image']['ram']['mean']:.1f} | {found['image']['sam']['mean']:.1f} |" in row
+    assert "embeddings have moved" not in (run.phase_folder(2) / "README.md").read_text()
 
 
 def test_models_that_diverge_have_no_disorder_and_the_run_goes_on(caplog):

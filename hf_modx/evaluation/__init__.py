@@ -6,13 +6,14 @@ from .linear_probe import linear_probe_accuracy
 from .matrix import EvaluationMatrix
 from .retrieval import retrieval_metrics, retrieval_ranks
 from .seeds import OverSeeds, mean_and_spread
-from .suite import LabelTest, LinearProbeTest, RetrievalTest, ZeroShotTest, load_tests
+from .suite import EvaluationTest, LabelTest, LinearProbeTest, RetrievalTest, ZeroShotTest, load_tests
 from .zero_shot import class_embeds, per_class_top1, zero_shot_metrics
 
 __all__ = [
     "EncodedPairs",
     "Encoder",
     "EvaluationMatrix",
+    "EvaluationTest",
     "LabelTest",
     "LinearProbeTest",
     "OverSeeds",
