@@ -128,12 +128,27 @@ def cclip(*, merge_factor: float = 0.5, **options: Any) -> list[LossCallback]:
     return [Contrastive(), ProjectedDistillation(**options), WiseFT(merge_factor)]
 
 
+def modx_plus(*, alpha: float = 2.0, memory_size: int | float = 0.05, batch_share: float = 0.25) -> list[LossCallback]:
+    """Our own combination: Mod-X over batches of which a quarter comes from a memory of 5 % of the pairs seen. The old
+    model has most replayed rows right, so that Mod-X has something to keep where everything new is unknown to it.
+
+    Found on validation streams (examples/study): of eight candidates the one with the best mean reciprocal rank after
+    the last phase.
+
+    Args:
+        alpha: of `ModX`; the value is for batches of 128.
+        memory_size, batch_share: of `ExperienceReplay`.
+    """
+    return [ModX(alpha), ExperienceReplay(memory_size, batch_share, contrastive=False)]
+
+
 RECIPES: dict[str, Recipe] = {
     "frozen": _alone(Frozen),
     "finetune": _alone(Contrastive),
     "cumulative": _alone(Cumulative),
     "joint": _alone(Joint),
     "modx": _alone(ModX),
+    "modx_plus": modx_plus,
     "kl": kl,
     "lwf": _beside_contrastive(LwF),
     "ewc": _beside_contrastive(EWC),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..embeddings import PairEmbeddings
+from ..embeddings import PairEmbeddings, embedding_width
 from ..losses import contrastive_distillation
 from ..trained_weights import adapted_layers
 from .base import LossCallback, LossContext, PhaseBoundary
@@ -55,7 +55,7 @@ class ProjectedDistillation(LossCallback):
         seed = phase.args.data_seed if phase.args.data_seed is not None else phase.args.seed
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            projector = _projector(phase.model.config.projection_dim)
+            projector = _projector(embedding_width(phase.model))
         self._projector = projector.to(phase.model.logit_scale.dtype)
 
     def loss_terms(
