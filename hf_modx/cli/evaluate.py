@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
-    tests = {name: at_most(test, options.max_samples, options.seed) for name, test in load_tests(options).items()}
+    tests = {name: at_most(test, options.max_samples, options.seed) for name, test in tests_of(options).items()}
     columns = (options.image_column, options.caption_column, options.pair_id_column)
     pairs = {name: PairDataset(test, *columns) for name, test in tests.items()}
     device = PartialState().device
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         print(values_table(values))
 
 
-def load_tests(options: argparse.Namespace) -> dict[str, Dataset]:
+def tests_of(options: argparse.Namespace) -> dict[str, Dataset]:
     """The tests by name."""
     if options.dataset_name is None:
         found = {name: test for name, (test, _) in DEMO_STREAMS[options.demo_stream](options.seed).tests().items()}
