@@ -10,14 +10,32 @@ Plain fine-tuning and the joint upper bound on the same start weights:
     accelerate launch examples/continual_clip.py --recipe finetune
     accelerate launch examples/continual_clip.py --recipe joint
 
+New groups of concepts in the place of new renderings, and two recipes added up:
+
+    accelerate launch examples/continual_clip.py --demo_stream class --recipe er+modx
+
 Your own data, one phase for each value of a column, starting from a pretrained CLIP:
 
     accelerate launch examples/continual_clip.py --model_name_or_path openai/clip-vit-base-patch32 \
         --dataset_name my_folder --caption_column text --phase_column month --num_train_epochs 5
 
-The same from a file, flags override it:
+With low-rank adapters, which need little memory beside the model (`pip install "hf_modx[peft]"`); the teacher is the
+model without its adapter:
+
+    accelerate launch examples/continual_clip.py --peft lora --lora_rank 16
+
+The same from a file, flags override it (`examples/lora_one_gpu.yaml` is one for a pretrained CLIP on a small GPU):
 
     accelerate launch examples/continual_clip.py config.yaml --seed 1
+
+A published protocol with its data, prompts and hyper-parameters; flags override them (`--data_root` has copies of the
+data sets in folders of their names):
+
+    accelerate launch examples/continual_clip.py --protocol mtil_order_1
+
+Further tests after every phase, declared in a file: other data, zero-shot classification, linear probes:
+
+    accelerate launch examples/continual_clip.py --tests tests.yaml
 
 Every phase as a revision of one repository on the Hub (after `hf auth login`), private unless told otherwise:
 
@@ -39,14 +57,16 @@ import torch
 from datasets import Dataset, DatasetDict
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
+from hf_modx.card_metadata import metric_name
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
 from hf_modx.demo_streams import DEMO_STREAMS
-from hf_modx.evaluation import EvaluationMatrix
+from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
 from hf_modx.load_data import at_most, load_splits
+from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
-from hf_modx.recipes import recipe_name
+from hf_modx.recipes import recipe_arguments, recipe_name
 from hf_modx.yaml_arguments import parse_arguments
 
 logger = logging.getLogger("hf_modx.example")
@@ -95,6 +115,20 @@ class ScriptArguments:
     phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
     test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
     test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(PROTOCOLS)}, or a file like theirs; see hf_modx.protocols."},
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder that holds the protocol's data sets under their names."}
+    )
+    tests: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of further tests, each with name, kind (retrieval, zero_shot, linear_probe), dataset, "
+            "columns and, of classes, templates; see hf_modx.evaluation.load_tests."
+        },
+    )
     recipe: list[str] = field(
         default_factory=lambda: ["modx"],
         metadata={
@@ -126,6 +160,9 @@ class ScriptArguments:
         self.recipe = parts_of(self.recipe)
         if self.dataset_name is None and self.model_name_or_path is None:
             self.recipe_options = demo_options(self.recipe, self.recipe_options)
+        if self.protocol is not None and self.data_root is not None:
+            for name in {"images", "texts"} & set(self.recipe_options):
+                self.recipe_options[name] = source_of(self.recipe_options[name], self.data_root)
         build_recipe(self.recipe, **self.recipe_options)  # tells what is wrong with it while the user still looks
         self._refuse_contradictions()
 
@@ -134,8 +171,13 @@ class ScriptArguments:
             for name in ("phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
-        if self.dataset_name is not None and (self.demo_stream is not None or self.demo_validation):
-            raise ValueError("--demo_stream and --demo_validation do not go with --dataset_name.")
+        if self.protocol is not None and self.dataset_name is not None:
+            raise ValueError("--protocol has data of its own and does not go with --dataset_name.")
+        if self.data_root is not None and self.protocol is None:
+            raise ValueError("--data_root needs --protocol.")
+        others = self.dataset_name is not None or self.protocol is not None
+        if others and (self.demo_stream is not None or self.demo_validation):
+            raise ValueError("--demo_stream and --demo_validation do not go with --dataset_name or --protocol.")
         if self.dataset_name is None:
             for name in ("phase_column", "num_phases", "phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
@@ -164,7 +206,9 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     use_all_cores(args)
-    stream = load_stream(script, args)
+    stream, tests = load_stream(script, args)
+    if script.tests is not None:
+        tests |= load_tests(script.tests)
     if script.dry_run:
         if args.process_index == 0:
             print(plan(stream, script, args))
@@ -179,6 +223,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         revision=script.model_revision,
         recipe_args=script.recipe_options,
         base_max_steps=script.base_max_steps,
+        tests=tests,
     )
     unpublished = None
     try:
@@ -202,17 +247,43 @@ def use_all_cores(args: ModXTrainingArguments) -> None:
 
 
 def defaults(chosen, given: set[str]) -> dict:
-    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data."""
-    settings = {"output_dir": f"runs/{recipe_name(parts_of(chosen.recipe))}-seed{chosen.seed}"}
+    """The output folder names the recipe and the seed; the small CLIP has settings that suit the built-in data, and a
+    recipe those that belong to its method."""
+    if chosen.protocol is not None:
+        return protocol_defaults(chosen, given)
+    recipe = parts_of(chosen.recipe)
+    settings = {"output_dir": f"runs/{recipe_name(recipe)}-seed{chosen.seed}"}
     if chosen.dataset_name is None and chosen.model_name_or_path is None:
         settings |= DEMO_DEFAULTS
         if "num_train_epochs" in given:
             del settings["max_steps"]
+    settings |= recipe_arguments(recipe)
+    if "text_learning_rate" in given:
+        settings["text_learning_rate_factor"] = None
     return settings
 
 
-def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseStream:
-    if script.dataset_name is None:
+def protocol_defaults(chosen, given: set[str]) -> dict:
+    """The settings of the protocol; another recipe than its own has options of its own."""
+    settings = dict(read_protocol(chosen.protocol).settings)
+    own, options = [settings.pop("recipe", "modx")], json.dumps(settings.pop("recipe_args", {}))
+    recipe = chosen.recipe if "recipe" in given else own
+    if recipe == own:
+        settings["recipe_args"] = options
+    if "num_train_epochs" in given:
+        settings.pop("max_steps", None)
+    of_method = recipe_arguments(parts_of(recipe))
+    name = f"{Path(chosen.protocol).stem}-{recipe_name(parts_of(recipe))}-seed{chosen.seed}"
+    return {"output_dir": f"runs/{name}", "recipe": recipe, **of_method, **settings}
+
+
+def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[PhaseStream, dict[str, EvaluationTest]]:
+    """The phases, and the tests beside them."""
+    tests: dict[str, EvaluationTest] = {}
+    if script.protocol is not None:
+        columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "pair_id_column")}
+        stream, tests = read_protocol(script.protocol).load(script.data_root, **columns)
+    elif script.dataset_name is None:
         stream = DEMO_STREAMS[script.demo_stream or "domain"](args.seed, validation=script.demo_validation)
     else:
         stream = published_stream(script)
@@ -225,7 +296,7 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> PhaseSt
         return at_most(part, limit, args.seed)
 
     stream = stream.map_parts(limited)
-    return stream.with_union_test() if script.union_test else stream
+    return stream.with_union_test() if script.union_test else stream, tests
 
 
 def published_stream(script: ScriptArguments) -> PhaseStream | None:
@@ -276,8 +347,12 @@ def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArgumen
 
 def report(run: ContinualRun, matrix: EvaluationMatrix) -> str:
     summary = {name: value for name, value in matrix.summary().items() if value is not None}
-    lines = ["", "Image-to-text recall@1 in percent (bold: the phase that teaches the test)", "", matrix.to_markdown()]
+    headline = f"{metric_name(run.metrics[0])} in percent (bold: the phase that teaches the test)"
+    lines = ["", headline, "", matrix.to_markdown()]
     lines += ["", ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in summary.items())]
+    for metric in ("zero_shot_top1", "linear_probe_top1"):
+        if metric in run.metrics[1:]:
+            lines += ["", f"{metric_name(metric)} in percent", "", run.matrix(metric).to_markdown()]
     lines += [f"Checkpoints: {run.folder}/phase-0 to {run.phase_folder(len(run.stream)).name}"]
     return "\n".join(lines)
 

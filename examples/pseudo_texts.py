@@ -27,7 +27,6 @@ from transformers import AutoModel, AutoProcessor
 from hf_modx import ModXTrainingArguments
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.demo import DEMO_DEFAULTS, demo_stream, trained_base
-from hf_modx.embeddings import longest_caption
 from hf_modx.pseudo_texts import Inversion, PseudoTexts, PseudoTextSearch
 
 COLOURS = {"pseudo text": "#0072B2", "caption it started from": "#E69F00", "other captions": "#999999"}
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> dict[str, float]:
     folder, memory = old_model_and_memory(options)
     model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
     pairs = PairDataset(memory, options.image_column, options.caption_column, options.pair_id_column)
-    collator = PairCollator(processor, max_length=longest_caption(model, processor.tokenizer))
+    collator = PairCollator.for_model(model, processor)
     search = PseudoTextSearch(model, pairs, collator, batch_size=64)
     inversion = Inversion(steps=options.inversion_steps)
     texts = search(inversion, options.seed)

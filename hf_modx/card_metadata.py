@@ -7,22 +7,34 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from .files import write_text
 
+RETRIEVAL = ("image-text-retrieval", "Image-text retrieval")
+TASKS = {
+    "zero_shot": ("zero-shot-image-classification", "Zero-shot image classification"),
+    "linear_probe": ("image-classification", "Image classification with a linear probe"),
+}
+"""Type and name of the task by the first words of a metric; all others are retrieval."""
 
-def card_metadata(results: list[EvalResult], model_name: str, **fields: Any) -> ModelCardData:
+
+def card_metadata(
+    results: list[EvalResult], model_name: str, config: Mapping[str, Any], **fields: Any
+) -> ModelCardData:
     """Metadata of these results and fields; what is empty is left out, and without results the model-index."""
-    known = {name: value for name, value in fields.items() if value}
+    pipeline_tag = "zero-shot-image-classification" if has_zero_shot_pipeline(config) else "feature-extraction"
+    known = {"library_name": "transformers", "pipeline_tag": pipeline_tag}
+    known |= {name: value for name, value in fields.items() if value}
     if results:
         known |= {"eval_results": results, "model_name": model_name}
-    return ModelCardData(library_name="transformers", pipeline_tag="zero-shot-image-classification", **known)
+    return ModelCardData(**known)
 
 
 def phase_metadata(
-    results: Mapping[str, Any], number: int, config: Mapping[str, Any], repo_id: str | None
+    results: Mapping[str, Any], number: int, config: Mapping[str, Any], repo_id: str | None, is_adapter: bool = False
 ) -> ModelCardData:
-    """Metadata of the model after a phase; see `phase_card` for the arguments."""
+    """Metadata of the model after a phase, or of the adapter that it is; see `phase_card` for the arguments."""
     model = results.get("model", {})
     base = model.get("repo_id")
     name = repo_id.split("/")[-1] if repo_id else f"{model_type(config)}-{results['recipe']}-phase-{number}"
@@ -31,13 +43,15 @@ def phase_metadata(
     return card_metadata(
         _eval_results(results, number),
         name,
+        config,
         base_model=base,
-        base_model_relation="finetune" if base and number else None,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base and number else None,
+        library_name="peft" if is_adapter else None,
         datasets=list(dict.fromkeys(source["dataset_id"] for source in learned if "dataset_id" in source)),
         license=licence.get("licence"),
         license_name=licence.get("licence_name"),
         license_link=licence.get("licence_link"),
-        tags=model_tags(config, results["recipe"]),
+        tags=model_tags(config, results["recipe"], ["lora"] if is_adapter else []),
     )
 
 
@@ -47,8 +61,8 @@ def _is_licence(model: Mapping[str, Any]) -> bool:
     return bool(re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence)) and (licence != "other" or "licence_name" in model)
 
 
-def model_tags(config: Mapping[str, Any], recipe: str) -> list[str]:
-    return ["hf_modx", model_type(config), "continual-learning", "image-text-retrieval", recipe]
+def model_tags(config: Mapping[str, Any], recipe: str, more: Sequence[str] = ()) -> list[str]:
+    return ["hf_modx", model_type(config), "continual-learning", "image-text-retrieval", *more, recipe]
 
 
 def _eval_results(results: Mapping[str, Any], number: int) -> list[EvalResult]:
@@ -63,10 +77,10 @@ def _eval_results(results: Mapping[str, Any], number: int) -> list[EvalResult]:
 
 def eval_result(test: str, metric: str, value: float, source: Mapping[str, Any]) -> EvalResult:
     """One entry of a model-index; `source` is what is known of the test's data (see `data_source`)."""
-    zero_shot = metric.startswith("zero_shot")
+    task_type, task_name = next((task for prefix, task in TASKS.items() if metric.startswith(prefix)), RETRIEVAL)
     return EvalResult(
-        task_type="zero-shot-image-classification" if zero_shot else "image-text-retrieval",
-        task_name="Zero-shot image classification" if zero_shot else "Image-text retrieval",
+        task_type=task_type,
+        task_name=task_name,
         dataset_type=source.get("dataset_id", "custom"),
         dataset_name=test,
         dataset_config=test,  # results that share type, config and split would be taken for one test's
@@ -116,12 +130,17 @@ def write_eval_results(folder: Path, results: Mapping[str, Any], number: int) ->
 def metric_name(metric: str) -> str:
     """`image_to_text_recall@1` -> `Image-to-text recall@1`."""
     name = metric.replace("_to_", "-to-").replace("zero_shot", "zero-shot").replace("_", " ")
-    name = re.sub(r"\bmrr\b", "MRR", name)
+    name = re.sub(r"\bmrr\b", "MRR", re.sub(r"\bmap\b", "mAP", re.sub(r"\btop(?=\d)", "top-", name)))
     return name[:1].upper() + name[1:]
 
 
 def model_type(config: Mapping[str, Any]) -> str:
     return config.get("model_type", "clip")
+
+
+def has_zero_shot_pipeline(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a pipeline for models of this type, which `VisionTextDualEncoderModel` is not."""
+    return model_type(config) in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 
 def source_of_test(results: Mapping[str, Any], test: str) -> Mapping[str, Any]:

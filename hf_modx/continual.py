@@ -7,6 +7,8 @@ import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,21 +19,24 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState
 
+from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_recipe, replay_of
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
+from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
-from .embeddings import check_dual_encoder, longest_caption
-from .evaluation import EvaluationMatrix
+from .embeddings import check_dual_encoder
+from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
+from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
 from .files import publish_file, publish_folder, read_json, write_json
 from .hub import Revision
 from .hub_run import RunOnHub
 from .identity import changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
-from .model_card import write_phase_card
+from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
-from .provenance import data_source, environment, model_source
+from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .run_folder import (
@@ -54,11 +59,14 @@ from .training_log import thinned_log
 
 logger = logging.getLogger(__name__)
 
+DIRECTIONS = ("image_to_text", "text_to_image")
 METRICS = [
-    *(f"{direction}_recall@{k}" for direction in ("image_to_text", "text_to_image") for k in RECALL_AT),
-    "image_to_text_mrr",
-    "text_to_image_mrr",
+    *(f"{direction}_recall@{k}" for direction in DIRECTIONS for k in RECALL_AT),
+    *(f"{direction}_{name}" for name in ("mrr", "map") for direction in DIRECTIONS),
 ]
+"""Of every retrieval test."""
+RANKS = [f"{direction}_median_rank" for direction in DIRECTIONS]
+"""No fractions: they have no place among the matrices, and forgetting means nothing for them."""
 
 
 class ContinualRun:
@@ -73,6 +81,9 @@ class ContinualRun:
     begins (see `hub.py`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
     published is tried again after each phase, at the end, and when `run` is called again.
 
+    With `args.peft` each phase trains a fresh adapter on what it starts from. At its end the adapter is merged; or,
+    with `lora_merge` False, `phase-K/` holds for K > 0 one adapter of the model in `phase-0/` (see `adapter.py`).
+
     Args:
         stream: the phases.
         recipe: what `build_recipe` takes: a name (see `RECIPES`), several as in "modx+er", or a list of parts or loss
@@ -84,10 +95,13 @@ class ContinualRun:
         revision: of a model given by name.
         base_max_steps: optimizer steps of the small CLIP, where no model is given.
         callbacks: further TrainerCallbacks for every phase.
+        tests: further tests by name, evaluated after every phase beside the stream's own (see `load_tests`).
 
     Raises:
-        TypeError, ValueError: the model is no dual encoder; columns are missing or hold nulls; images cannot be
-            decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All before any training.
+        ImportError: `args.peft` without PEFT.
+        TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
+            nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
+            before any training.
         HubAccessError: with `push_to_hub`, no token, or one that may not write.
     """
 
@@ -103,6 +117,7 @@ class ContinualRun:
         revision: str | None = None,
         base_max_steps: int = BASE_MAX_STEPS,
         callbacks: Sequence[TrainerCallback] = (),
+        tests: Mapping[str, EvaluationTest] | None = None,
     ):
         if model is None and stream.base is None:
             raise ValueError("Without a model the stream needs a base to train the small CLIP on. Give a model.")
@@ -113,17 +128,20 @@ class ContinualRun:
         replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
         self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
         self.callbacks = list(callbacks)
+        self._check_adapter()
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
         self.model = self.processing_class = self.source = None
         if model is not None:
             self._load_start(model, processing_class, revision)
+        stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
         self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
         self.tests = self.stream.tests()
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
+        self.identity["tests"] |= {name: test.fingerprint() for name, test in self.label_tests.items()}
         self._base_max_steps = base_max_steps
         if model is None:
             self.identity["base_max_steps"] = base_max_steps
@@ -135,7 +153,8 @@ class ContinualRun:
         """Train what is not trained, evaluate what is not evaluated, publish what is not published.
 
         Returns:
-            The matrix of image-to-text recall@1; `matrix(name)` has the other metrics.
+            The matrix of the first of `metrics`, image-to-text recall@1 where there is a retrieval test;
+            `matrix(name)` has the others.
 
         Raises:
             RepositoryConflict: the repository holds another run, or another folder has gone on with this one.
@@ -152,6 +171,8 @@ class ContinualRun:
             trainer = None
             if not self._is_finished(number):
                 trainer = self._train_phase(number)
+            if self.args.peft is not None:
+                gc.collect()  # the model that is evaluated is not the one that was trained
             if self._evaluate_phase(number, trainer):
                 self._push()
             # A Trainer lives in reference cycles: without this its model, teacher and optimizer would stay in memory
@@ -175,17 +196,44 @@ class ContinualRun:
         first = 1 if self._starts_from_base else number
         return sum(self.args.phase_steps(len(self.stream.phases[k - 1].train)) for k in range(first, number + 1))
 
-    def matrix(self, metric: str = METRICS[0], number: int | None = None) -> EvaluationMatrix:
-        """The matrix of one metric as far as it is measured, or as it is after phase `number`."""
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of the run's tests, each of which makes a matrix."""
+        of_labels = dict.fromkeys(metric for test in self.label_tests.values() for metric in test.metrics)
+        return [*(METRICS if self.tests or not of_labels else []), *of_labels]
+
+    def matrix(self, metric: str | None = None, number: int | None = None) -> EvaluationMatrix:
+        """The matrix of one metric (default: the first of `metrics`) as far as it is measured, or as it is after phase
+        `number`; NaN for tests that have no such metric."""
+        metric = metric if metric is not None else self.metrics[0]
         rows = self._rows if number is None else self._rows[: number + 1]
         return EvaluationMatrix(
             [phase.name for phase in self.stream][: len(rows) - 1],
-            list(self.tests),
-            [[row.get(test, {}).get(metric) for test in self.tests] for row in rows],
+            self._test_names,
+            [[row.get(test, {}).get(metric) for test in self._test_names] for row in rows],
             [k if k is None or k < len(rows) else None for k in self._learned_at()],
         )
 
+    @property
+    def _test_names(self) -> list[str]:
+        return [*self.tests, *self.label_tests]
+
     # ---- Before training ----
+
+    def _with_tests(self, stream: PhaseStream, tests: Mapping[str, EvaluationTest]) -> PhaseStream:
+        """The stream with the further retrieval tests; those of labels are kept beside it."""
+        repeated = sorted(set(tests) & set(stream.tests()))
+        if repeated:
+            raise ValueError(f"The stream has tests of the names {', '.join(repeated)} already. Choose other names.")
+        phases = [phase.name for phase in stream]
+        base = stream.base.name if stream.base is not None else None
+        self._taught = {name: phase_number(test.learned_at, phases, base) for name, test in tests.items()}
+        self.disorder = DisorderOfRun(self._encode)
+        self.label_tests = {name: test for name, test in tests.items() if isinstance(test, LabelTest)}
+        retrieval = {
+            name: test.with_columns(*self._columns) for name, test in tests.items() if isinstance(test, RetrievalTest)
+        }
+        return replace(stream, extra_tests={**stream.extra_tests, **retrieval}) if retrieval else stream
 
     def _load_start(self, model: nn.Module | str | Path, processing_class: Any, revision: str | None) -> None:
         self.source = {"name": "a model in memory"}
@@ -196,10 +244,21 @@ class ContinualRun:
             model = AutoModel.from_pretrained(model, revision=revision, dtype=torch.float32)
             self.source = on_main_process(lambda: model_source(name, revision))
         check_dual_encoder(model)
+        if has_adapter(model):
+            raise ValueError("A run starts from a plain model: merge the adapter first, model.merge_and_unload().")
         if processing_class is None:
             raise ValueError("Give the model's processor as processing_class, for instance a CLIPProcessor.")
         check_processor(processing_class)
         self.model, self.processing_class, self._model_class = model, processing_class, type(model)
+
+    def _check_adapter(self) -> None:
+        """Raise unless PEFT is there, where it is asked for, and the recipe leaves what an adapter can be."""
+        if self.args.peft is None:
+            return
+        load_peft()
+        needing = [type(callback).__name__ for callback in self.loss_callbacks if callback.needs_merge]
+        if needing and not self.args.lora_merge:
+            raise ValueError(f"What {' and '.join(needing)} leaves is no adapter: it needs lora_merge.")
 
     def _refuse_other_run(self) -> None:
         """Raise unless the folder is free, holds the same run, or one that has trained nothing yet."""
@@ -271,7 +330,9 @@ class ContinualRun:
 
     # ---- One phase ----
 
-    def _train_phase(self, number: int) -> ModXTrainer:
+    def _train_phase(self, number: int) -> ModXTrainer | None:
+        """Train and publish a phase. Its trainer, for the evaluation; None where the model on the disk is another one
+        than the trainer has, which is trained with an adapter."""
         phase = self.stream.phases[number - 1]
         starts_from = self._parent(number)
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
@@ -296,10 +357,11 @@ class ContinualRun:
         if state is not None:
             record["resumed_at_step"] = state.global_step
         self._save_state(number, trainer)
-        self._publish(number, trainer.accelerator.unwrap_model(trainer.model), record)
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self._publish(number, merged(model) if self.args.peft is not None and self.args.lora_merge else model, record)
         if isinstance(trainer.teacher, CachedTeacher):
             trainer.teacher.remove()
-        return trainer
+        return trainer if self.args.peft is None else None
 
     def _restore_state(self, trainer: ModXTrainer, number: int) -> None:
         """Give the loss callbacks what they knew after phase `number`, which is what they go on from."""
@@ -365,11 +427,10 @@ class ContinualRun:
     def _embed(self, number: int, rows: Dataset) -> tuple[list, list]:
         """The embeddings of some rows under the model after a phase."""
         model = self._load_phase(number)
-        longest = longest_caption(model, self.processing_class.tokenizer)
         return embed_rows(
             model,
             PairDataset(rows, *self._columns),
-            PairCollator(self.processing_class, max_length=longest),
+            PairCollator.for_model(model, self.processing_class),
             batch_size=self.args.eval_batch_size,
             device=self.args.device,
         )
@@ -379,6 +440,8 @@ class ContinualRun:
         args.output_dir = str(checkpoints_folder(self.folder, number))
         args.data_seed = _phase_seed(self.args, number)
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
+        if train_dataset is None:
+            args.peft = None
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
             args.max_steps = self.steps(number)  # not those of an epoch of all data
         args.run_name = args.run_name or self.folder.resolve().name  # one run for the trackers
@@ -399,10 +462,23 @@ class ContinualRun:
         return trainer
 
     def _load_phase(self, number: int) -> nn.Module:
-        folder = self.phase_folder(number)
+        return self._load(self.phase_folder(number))
+
+    def _load(self, folder: Path) -> nn.Module:
+        """The model of a phase, an adapter merged into the base that it is one of."""
         if not folder.exists():
             raise FileNotFoundError(f"{folder} is needed to go on and is not there any more.")
-        return self._model_class.from_pretrained(folder, dtype=torch.float32)
+        if (folder / ADAPTER_CONFIG).exists():
+            model = load_merged(self._load_phase(0), folder)
+        else:
+            model = self._model_class.from_pretrained(folder, dtype=torch.float32)
+        model.name_or_path = model.config.name_or_path = ""  # PEFT writes it into checkpoints: no path of this machine
+        return model
+
+    def _save_adapter(self, model: nn.Module, number: int, folder: Path) -> None:
+        before = self.phase_folder(self._parent(number)) if self._parent(number) > 0 else None
+        published = self.hub.repo_id if self.hub is not None else None
+        save_adapter(model, folder, before, *adapter_base(self.source, published))
 
     def _publish(self, number: int, model: nn.Module, record: dict[str, Any] | None = None) -> None:
         self.state.wait_for_everyone()
@@ -410,7 +486,11 @@ class ContinualRun:
             final = self.phase_folder(number)
             temporary = final.with_name(f".{final.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            model.save_pretrained(temporary)
+            if has_adapter(model):
+                self._save_adapter(model, number, temporary)
+                model = self._load(temporary)
+            else:
+                model.save_pretrained(temporary)
             self.processing_class.save_pretrained(temporary)
             if record is not None:
                 write_json(temporary / "training.json", record | {"weights": weights_fingerprint(model)})
@@ -426,63 +506,112 @@ class ContinualRun:
         if is_new:
             self._rows.append({})
         row = self._rows[number]
-        missing = {name: dataset for name, (dataset, _) in self.tests.items() if name not in row}
+        missing = {
+            name: test
+            for name, (test, metrics) in self._measurements().items()
+            if any(metric not in row.get(name, {}) for metric in metrics)
+        }
         if missing and trainer is None and not self.phase_folder(number).exists():
             logger.warning("%s is gone: its row cannot be completed.", self.phase_folder(number))
             return is_new
         if missing and trainer is None:
             trainer = self._trainer(number, self._load_phase(number), None)
-        for name, dataset in missing.items():
-            metrics = trainer.evaluate(dataset, metric_key_prefix=name)
-            row[name] = {metric: metrics[f"{name}_{metric}"] for metric in METRICS}
+        if trainer is not None and self.args.spatial_disorder:
+            trainer.on_encoded = partial(self.disorder.keep, number)
+        for name, test in missing.items():
+            values = trainer.evaluate(test, metric_key_prefix=name)
+            row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
+        if is_new and self.args.spatial_disorder:
+            self._measure_disorder(number, trainer)
         if missing or is_new:
             on_main_process(lambda: self._write_results(number))
         return is_new
 
+    def _measure_disorder(self, number: int, trainer: ModXTrainer | None) -> None:
+        self._live = {number: trainer} if trainer is not None else {}
+        first = 0 if self.stream.base is not None else 1
+        sampled = range(first, len(self.stream) + 1) if self.args.imav_samples else ()
+        try:
+            self._disorder[number] = self.disorder.measure(number, self.tests, sampled)
+        except FileNotFoundError as error:
+            logger.warning("No spatial disorder of phase %d. %s", number, error)
+        self._live = {}
+
+    def _encode(self, number: int, what: str | int) -> EncodedPairs:
+        """What the model after a phase says to a test, or to training pairs of a phase."""
+        if isinstance(what, str):
+            dataset, _ = self.tests[what]
+        else:
+            part = self.stream.base if what == 0 else self.stream.phases[what - 1]
+            dataset = training_sample(part.train, self.args.imav_samples)
+        trainer = self._live.get(number) or self._trainer(number, self._load_phase(number), None)
+        return trainer.encode(dataset)
+
     def _read_results(self) -> None:
         results = read_json(self.folder / RESULTS)
         self._rows: list[dict[str, dict[str, float]]] = []
+        self._disorder: dict[int, dict[str, Any] | None] = {}
         if results is None:
             return
-        for number in range(len(results["matrix"][METRICS[0]])):
+        self._disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
+        matrices = {**results["matrix"], **results.get("ranks", {})}
+        for number in range(len(next(iter(matrices.values())))):
             row: dict[str, dict[str, float]] = {}
             for column, test in enumerate(results["tests"]):
-                cell = {metric: results["matrix"][metric][number][column] for metric in METRICS}
-                if test in self.tests and None not in cell.values():
-                    row[test] = cell
-            self._rows.append(row)
+                cell = {metric: matrix[number][column] for metric, matrix in matrices.items()}
+                if test in self._test_names:
+                    row[test] = {metric: value for metric, value in cell.items() if value is not None}
+            self._rows.append({test: cell for test, cell in row.items() if cell})
+
+    def _measurements(self) -> dict[str, tuple[Dataset | LabelTest, Sequence[str]]]:
+        """What `evaluate` takes of each test, and the metrics it gives."""
+        of_pairs = {name: (dataset, [*METRICS, *RANKS]) for name, (dataset, _) in self.tests.items()}
+        return {**of_pairs, **{name: (test, test.metrics) for name, test in self.label_tests.items()}}
+
+    def _test_tables(self) -> dict[str, Dataset]:
+        of_pairs = {name: dataset for name, (dataset, _) in self.tests.items()}
+        return {**of_pairs, **{name: test.dataset for name, test in self.label_tests.items()}}
 
     def _write_results(self, number: int) -> None:
         """The card of a phase, and then the results, which make it a finished one."""
         results = self._results(len(self._rows) - 1)
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}
-        write_phase_card(self.phase_folder(number), self.identity, results, number, **published)
+        config = phase_config(self.folder, number)
+        write_phase_card(self.phase_folder(number), self.identity, results, number, config=config, **published)
         write_json(self.folder / RESULTS, results)
 
     def _results(self, number: int) -> dict[str, Any]:
         """The results as they are after a phase."""
-        matrices = {metric: self.matrix(metric, number) for metric in METRICS}
+        matrices = {metric: self.matrix(metric, number) for metric in self.metrics}
+        first = matrices[self.metrics[0]]
         return {
             "recipe": self.recipe_name,
-            "phases": matrices[METRICS[0]].phases,
-            "tests": list(self.tests),
-            "learned_at": matrices[METRICS[0]].learned_at,
+            "phases": first.phases,
+            "tests": self._test_names,
+            "learned_at": first.learned_at,
             "matrix": {metric: matrix.to_lists() for metric, matrix in matrices.items()},
+            "ranks": {metric: self.matrix(metric, number).to_lists() for metric in RANKS if self.tests},
             "summary": {metric: matrix.summary() for metric, matrix in matrices.items()},
             "training": [read_json(self.phase_folder(k) / "training.json") for k in range(1, number + 1)],
-            "test_pairs": {name: len(dataset) for name, (dataset, _) in self.tests.items()},
+            "test_pairs": {name: len(table) for name, table in self._test_tables().items()},
             "model": self.source,
             "sources": {phase.name: data_source(phase.train) for phase in self.stream.all_phases()},
-            "test_sources": {name: data_source(dataset) for name, (dataset, _) in self.tests.items()},
+            "test_sources": {name: data_source(table) for name, table in self._test_tables().items()},
             "bad_samples": {
                 name: {"count": len(bad), "first": [str(sample) for sample in bad[:10]]}
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self._disorder_results(number),
         }
 
+    def _disorder_results(self, number: int) -> dict[str, Any]:
+        phases = [self._disorder.get(k) for k in range(number + 1)]
+        return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
+
     def _learned_at(self) -> list[int | None]:
-        return [learned_at for _, learned_at in self.tests.values()]
+        of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}
+        return [{**of_stream, **self._taught}[name] for name in self._test_names]
 
     # ---- The Hub ----
 
@@ -493,7 +622,7 @@ class ContinualRun:
 
     def _datasets_on_hub(self) -> list[str]:
         """Ids of the data sets that the stream was loaded from."""
-        parts = [phase.train for phase in self.stream.all_phases()] + [dataset for dataset, _ in self.tests.values()]
+        parts = [*(phase.train for phase in self.stream.all_phases()), *self._test_tables().values()]
         found = {data_source(part).get("dataset_id") for part in parts}
         return sorted(found - {None})
 

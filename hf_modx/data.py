@@ -8,8 +8,9 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
+from .embeddings import caption_padding, image_inputs, longest_caption, text_inputs
 from .images import augment_affine_color, to_rgb
 
 
@@ -130,10 +131,16 @@ class PairCollator:
         image_augmentation: "none" or "affine_color".
         max_length: tokens to which a caption is cut; default: what the tokenizer says.
         mask_duplicates: also return `caption_id`, by which equal captions are known on all processes.
+        padding: "longest" caption of the batch, or "max_length".
 
-    Returns, when called with N items of `PairDataset`: `pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
-    (N, T) padded to the longest and truncated to the context, `row_id` and `pair_id` (N,), `caption_index` (N,): which
-    of its row's captions was drawn, and with `mask_duplicates` `caption_id` (N,): a 63-bit hash of the caption.
+    `for_model` chooses max_length and padding.
+
+    Returns, when called with N items of `PairDataset`: what `pixels` and `tokens` give of N images and captions,
+    `row_id` and `pair_id` (N,), `caption_index` (N,): which of its row's captions was drawn, and with
+    `mask_duplicates` `caption_id` (N,): a 63-bit hash of the caption.
+
+    Raises:
+        ValueError: augmentation of images that the processor cuts into patches.
     """
 
     def __init__(
@@ -143,14 +150,28 @@ class PairCollator:
         image_augmentation: str = "none",
         max_length: int | None = None,
         mask_duplicates: bool = False,
+        padding: str = "longest",
     ):
         check_processor(processing_class)
         self.max_length = max_length
+        self.padding = padding
         self.image_processor = processing_class.image_processor
         self.tokenizer = processing_class.tokenizer
         self.seed = seed
         self.image_augmentation = image_augmentation
         self.mask_duplicates = mask_duplicates
+        if image_augmentation != "none" and "spatial_shapes" in getattr(self.image_processor, "model_input_names", ()):
+            raise ValueError(
+                f"image_augmentation={image_augmentation!r} moves whole images, and "
+                f"{type(self.image_processor).__name__} gives patches. Leave it out."
+            )
+
+    @classmethod
+    def for_model(cls, dual_encoder: nn.Module, processing_class: Any, **options: Any) -> "PairCollator":
+        """With captions as long and padded as the model wants them; options are those of the class."""
+        check_processor(processing_class)
+        longest = longest_caption(dual_encoder, processing_class.tokenizer)
+        return cls(processing_class, max_length=longest, padding=caption_padding(dual_encoder), **options)
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         generators = [np.random.default_rng([self.seed, pair["epoch"], pair["row_id"]]) for pair in pairs]
@@ -159,11 +180,11 @@ class PairCollator:
             int(generator.integers(len(pair["captions"]))) for pair, generator in zip(pairs, generators, strict=True)
         ]
         captions = [pair["captions"][index] for pair, index in zip(pairs, drawn, strict=True)]
-        pixel_values = self.pixel_values([pair["image"] for pair in pairs])
+        pixels = self.pixels([pair["image"] for pair in pairs])
         if self.image_augmentation == "affine_color":
-            pixel_values = augment_affine_color(pixel_values, generators)
+            pixels["pixel_values"] = augment_affine_color(pixels["pixel_values"], generators)
         batch = {
-            "pixel_values": pixel_values,
+            **pixels,
             **self.tokens(captions),
             "row_id": torch.tensor([pair["row_id"] for pair in pairs]),
             "pair_id": torch.tensor([pair["pair_id"] for pair in pairs]),
@@ -184,14 +205,23 @@ class PairCollator:
         """63 bits of BLAKE2b: Python's own hash of a string is another one in every process."""
         return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
 
-    def pixel_values(self, images: list) -> Tensor:
-        return self.image_processor(images, return_tensors="pt")["pixel_values"]
+    def pixels(self, images: list) -> dict[str, Tensor]:
+        """`pixel_values` (N, C, H, W); of a processor that cuts images into P patches (N, P, values of a patch), with
+        `pixel_attention_mask` (N, P) and `spatial_shapes` (N, 2)."""
+        return image_inputs(self.image_processor(images, return_tensors="pt"))
 
     def tokens(self, captions: list[str]) -> dict[str, Tensor]:
-        tokens = self.tokenizer(
-            captions, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+        """`input_ids` (N, T), cut and padded, and `attention_mask` (N, T) where the tokenizer gives one."""
+        return text_inputs(
+            self.tokenizer(
+                captions, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+            )
         )
-        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def words(self, input_ids: Tensor) -> Tensor:
+        """Bool of the same shape: the tokens that are no special ones as start, end and padding."""
+        special = torch.tensor(self.tokenizer.all_special_ids, device=input_ids.device)
+        return ~torch.isin(input_ids, special)
 
 
 def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> None:

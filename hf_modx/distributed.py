@@ -1,14 +1,14 @@
 """Gathering rows from all processes with gradient, and doing something on one of them for all."""
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -56,6 +56,21 @@ def gather_stacked(tensor: Tensor) -> Tensor:
     stacked = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(stacked, tensor.detach().contiguous())
     return torch.stack(stacked)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace each gradient by its mean over the processes; all must have it, or none."""
+    for parameter in parameters:
+        if world_size() > 1 and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= world_size()
+
+
+def copy_from_main_process(tensors: Iterable[Tensor]) -> None:
+    """Overwrite the tensors with those of the main process."""
+    for tensor in tensors:
+        if world_size() > 1:
+            dist.broadcast(tensor, src=0)
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:

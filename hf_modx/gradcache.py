@@ -35,6 +35,7 @@ class GradientCache:
         batch: Mapping[str, Tensor],
         embed: Callable[[Mapping[str, Tensor]], PairEmbeddings],
         loss_of: Callable[[Tensor, Tensor], Tensor],
+        along: Sequence[nn.Parameter] = (),
     ) -> Tensor:
         """Accumulate the gradient of the batch's loss into the parameters.
 
@@ -45,13 +46,15 @@ class GradientCache:
                 fewer; a chunk has at least one of each.
             embed: a forward pass through the model.
             loss_of: the loss of this process's (n, D) image and text embeddings; may gather those of the others.
+            along: parameters of the loss that are none of the model's.
 
         Returns:
             The loss, without graph.
         """
         chunks = _chunks(batch, self.chunk_size)
         states, embeddings = _embed_without_gradient(chunks, embed)
-        loss, gradients, rest = _gradients(model, embeddings, loss_of)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        loss, gradients, rest = _gradients([*trained, *along], embeddings, loss_of)
         for number, (chunk, state) in enumerate(zip(chunks, states, strict=True)):
             last = number == len(chunks) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(model):
@@ -104,7 +107,9 @@ def _embed_without_gradient(
 
 
 def _gradients(
-    model: nn.Module, embeddings: list[PairEmbeddings], loss_of: Callable[[Tensor, Tensor], Tensor]
+    parameters: list[nn.Parameter],
+    embeddings: list[PairEmbeddings],
+    loss_of: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, list[tuple[Tensor, ...]], Tensor | float]:
     """The loss, its gradient with respect to each chunk's images and texts, and a term that carries its gradient with
     respect to parameters that it reaches by another way than the embeddings."""
@@ -112,7 +117,6 @@ def _gradients(
         torch.cat([getattr(chunk, side) for chunk in embeddings]).requires_grad_() for side in ("image", "text")
     )
     loss = loss_of(image, text)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, [image, text, *parameters], allow_unused=True)
     sizes = [[len(getattr(chunk, side)) for chunk in embeddings] for side in ("image", "text")]
     sides = [

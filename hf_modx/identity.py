@@ -1,7 +1,7 @@
 """What makes two runs the same run."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -44,7 +44,16 @@ HYPERPARAMETERS = [
     "optim_args",
     "mask_duplicates",
     "contrastive_batch_size",
+    "text_learning_rate_factor",
+    "peft",
 ]
+LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
+
+
+def hyperparameters(args: ModXTrainingArguments) -> dict[str, Any]:
+    """The values of `HYPERPARAMETERS` as JSON takes them, and those of an adapter where one is trained."""
+    names = [*HYPERPARAMETERS, *(LORA if args.peft is not None else [])]
+    return {name: _plain(getattr(args, name)) for name in names}
 
 
 def run_identity(
@@ -57,7 +66,7 @@ def run_identity(
     return {
         "recipe": recipe,
         "recipe_args": {type(callback).__name__: _options(callback) for callback in callbacks},
-        "hyperparameters": {name: _plain(getattr(args, name)) for name in HYPERPARAMETERS},
+        "hyperparameters": hyperparameters(args),
         "base": content_fingerprint(stream.base.train) if stream.base is not None else None,
         "phases": [
             {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}
@@ -65,6 +74,12 @@ def run_identity(
         ],
         "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in stream.tests().items()},
     }
+
+
+def is_adapter(identity: Mapping[str, Any], number: int) -> bool:
+    """Whether a run leaves an adapter after a phase, and no model of its own."""
+    settings = identity["hyperparameters"]
+    return number > 0 and settings.get("peft") is not None and not settings["lora_merge"]
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

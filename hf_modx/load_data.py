@@ -1,5 +1,6 @@
-"""Pairs from where users have them."""
+"""Tables of images with captions or labels, from wherever users have them."""
 
+import os
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,12 @@ def load_splits(name: str, config: str | None = None, image_column: str = "image
         data = load_dataset("parquet", data_files=name)
     else:
         data = load_dataset(name, config)
-    return DatasetDict({split: _with_images(dataset, image_column) for split, dataset in data.items()})
+    return DatasetDict(
+        {
+            split: with_images(dataset, image_column) if image_column in dataset.column_names else dataset
+            for split, dataset in data.items()
+        }
+    )
 
 
 def at_most(part: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -27,8 +33,43 @@ def at_most(part: Dataset, limit: int | None, seed: int) -> Dataset:
     return part.shuffle(seed=seed).select(range(limit))
 
 
-def _with_images(dataset: Dataset, column: str) -> Dataset:
-    feature = dataset.features.get(column)
-    if feature is None or isinstance(feature, datasets.Image):
-        return dataset
-    return dataset.cast_column(column, datasets.Image())
+def load_table(source: Dataset | str | os.PathLike, split: str, config: str | None = None) -> Dataset:
+    """A table from a folder written by `save_to_disk`, a parquet file, an image folder, or the Hub.
+
+    Args:
+        source: the table itself, a path, or a name.
+        split: of a source that has several; may be cut, as in "train[:10000]", but not of a folder of `save_to_disk`.
+        config: of a data set that has several.
+
+    Raises:
+        ValueError: the source has no such split.
+    """
+    if isinstance(source, Dataset):
+        return source
+    path = Path(source)
+    if (path / "dataset_info.json").exists():
+        return load_from_disk(str(path))
+    if (path / "dataset_dict.json").exists():
+        splits = load_from_disk(str(path))
+        if split not in splits:
+            raise ValueError(f"{source} has no split {split!r}. The splits are: {', '.join(splits)}.")
+        return splits[split]
+    if path.suffix == ".parquet":
+        return load_dataset("parquet", data_files=str(path), split=split)
+    return load_dataset(str(source), config, split=split)
+
+
+def with_images(table: Dataset, column: str) -> Dataset:
+    """The table with paths and bytes in a column, as parquet files hold them, as images."""
+    if isinstance(table.features[column], datasets.Image):
+        return table
+    return table.cast_column(column, datasets.Image())
+
+
+def require_columns(table: Dataset, name: str, **columns: str) -> None:
+    """Raise a ValueError unless the table has all columns; its name and those of the options stand in the message."""
+    for option, column in columns.items():
+        if column not in table.column_names:
+            raise ValueError(
+                f"{name} has no column {column!r} ({option}). The columns are: {', '.join(table.column_names)}."
+            )

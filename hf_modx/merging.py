@@ -101,6 +101,7 @@ def merge_card(sources: list[dict[str, Any]], weight: float, model: nn.Module, n
     metadata = card_metadata(
         [],
         name,
+        config,
         base_model=on_hub,
         base_model_relation="merge" if on_hub else None,
         license=licence,

@@ -16,11 +16,13 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .adapter import has_adapter
 from .callbacks import LossCallback
 from .card_metadata import (
     as_list,
     card_metadata,
     eval_result,
+    has_zero_shot_pipeline,
     metric_name,
     model_tags,
     model_type,
@@ -30,10 +32,10 @@ from .card_metadata import (
 )
 from .evaluation import EvaluationMatrix
 from .files import read_json, write_text
-from .identity import HYPERPARAMETERS
+from .identity import hyperparameters, is_adapter
 from .markdown import escaped, table
 from .plots import draw_matrix
-from .provenance import cached_commit, data_source, environment, is_hub_id
+from .provenance import adapter_base, cached_commit, data_source, environment, is_hub_id
 
 if TYPE_CHECKING:
     from .trainer import ModXTrainer
@@ -45,7 +47,16 @@ PICTURE = "plots/matrix.png"
 HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
+SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
+"""Types of models with a sigmoid loss, and the length to which the zero-shot pipeline pads their labels."""
 
+MOVEMENTS = (
+    "images turned",
+    "angles between images",
+    "texts turned",
+    "angles between texts",
+    "images against texts",
+)
 MEANINGS = {
     "average": "mean of all values after a phase",
     "last": "mean of the last row",
@@ -64,6 +75,15 @@ PAPERS = {
   booktitle = {International Conference on Machine Learning},
   year = {2021}
 }""",
+    **dict.fromkeys(
+        SIGMOID,
+        """@inproceedings{zhai2023siglip,
+  title = {Sigmoid Loss for Language Image Pre-Training},
+  author = {Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
+  booktitle = {International Conference on Computer Vision},
+  year = {2023}
+}""",
+    ),
     "ModX": """@inproceedings{ni2023modx,
   title = {Continual Vision-Language Representation Learning with Off-Diagonal Information},
   author = {Ni, Zixuan and Wei, Longhui and Tang, Siliang and Zhuang, Yueting and Tian, Qi},
@@ -122,7 +142,12 @@ def write_card_of_run(run: Path, number: int, folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     identity, results = read_json(run / "run.json")["identity"], read_json(run / "results.json")
-    write_phase_card(folder, identity, results, number, config=read_json(run / f"phase-{number}" / "config.json"))
+    write_phase_card(folder, identity, results, number, config=phase_config(run, number))
+
+
+def phase_config(run: Path, number: int) -> dict[str, Any] | None:
+    """The `config.json` of the model of a phase; an adapter has that of its base."""
+    return read_json(run / f"phase-{number}" / "config.json") or read_json(run / "phase-0" / "config.json")
 
 
 def phase_card(
@@ -154,12 +179,14 @@ def phase_card(
     headline, *_ = headlines = _headlines(results)
     recipe_args = identity["recipe_args"] if number else {}
     record = _training(results, number) if number else {}
+    adapts = is_adapter(identity, number)
     return _render(
-        phase_metadata(results, number, config, repo_id),
+        phase_metadata(results, number, config, repo_id, adapts),
         config,
         repo_id or f"phase-{number}",
         revision,
         is_published=repo_id is not None,
+        adapter_base=adapter_base(results.get("model", {}), repo_id) if adapts else None,
         title=_title(identity, number, config),
         what=_what(identity, results, number),
         headline=metric_name(headline),
@@ -168,6 +195,7 @@ def phase_card(
         summary=_summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",
         scores=_scores_table(results, number),
+        disorder=_disorder_table(results, number),
         lineage=_lineage(identity, results.get("model", {})),
         recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
         phases=_phases_table(identity, results, number),
@@ -214,8 +242,10 @@ def trainer_card(
     metadata = card_metadata(
         [eval_result(test, metric, value, {}) for test, values in scores.items() for metric, value in values.items()],
         model_name or folder,
+        config,
         base_model=base,
-        base_model_relation="finetune" if base else None,
+        base_model_relation=("adapter" if has_adapter(trainer.model) else "finetune") if base else None,
+        library_name="peft" if has_adapter(trainer.model) else None,
         datasets=as_list(dataset_tags),
         language=language,
         license=license,
@@ -241,7 +271,7 @@ def trainer_card(
         lineage=f"- Base model: {_hub_link(base)}" if base else "",
         recipe=f"{escaped(' + '.join(recipe_args))}: {trainer.state.global_step} steps{_time_of(history)}.",
         options=_options_table(recipe_args),
-        hyperparameters=_settings_table({name: getattr(args, name) for name in HYPERPARAMETERS}),
+        hyperparameters=_settings_table(hyperparameters(args)),
         data=_trainer_data_table(trainer),
         environment=_environment_table(environment(args.device, args.world_size)),
         limits=[],
@@ -341,7 +371,7 @@ def _summary_table(results: Mapping[str, Any], number: int, metrics: Sequence[st
 def _scores_table(results: Mapping[str, Any], number: int) -> str:
     rows = [
         [escaped(metric_name(metric)), *(_score(metric, value) for value in values[number])]
-        for metric, values in results["matrix"].items()
+        for metric, values in {**results["matrix"], **results.get("ranks", {})}.items()
     ]
     return table(["metric", *map(escaped, results["tests"])], [row for row in rows if any(row[1:])])
 
@@ -350,6 +380,22 @@ def _score(metric: str, value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:g}" if metric.endswith("_rank") else f"{100 * value:.1f}"
+
+
+def _disorder_table(results: Mapping[str, Any], number: int) -> str:
+    """Mean angles in degrees; see `hf_modx.evaluation.disorder`."""
+    phases = results.get("spatial_disorder", {}).get("phases", [])
+    found = phases[number] if number < len(phases) else None
+    rows = []
+    for since, name in (("since_previous", "the phase before"), ("since_start", "the start")):
+        if found is None or (since == "since_start" and number == 1):  # the same
+            continue
+        for test, measured in found[since]["tests"].items():
+            if measured is not None:
+                angles = [measured[side][kind]["mean"] for side in ("image", "text") for kind in ("ram", "sam")]
+                angles.append(measured["intermodal_rotation"])
+                rows.append([name, escaped(test), *("" if angle is None else f"{angle:.1f}" for angle in angles)])
+    return table(["compared with", "test", *MOVEMENTS], rows)
 
 
 def _limits(results: Mapping[str, Any], number: int, metric: str) -> list[str]:
@@ -378,9 +424,11 @@ def _what(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) 
     if number == 0:
         return "The model before the first phase of a continual run with hf_modx."
     learned = ", ".join(escaped(phase["name"]) for phase in identity["phases"][:number])
+    what = "A dual encoder for images and texts"
+    if is_adapter(identity, number):
+        what = "A LoRA adapter of a dual encoder for images and texts, one for all phases so far"
     return (
-        f"A dual encoder for images and texts, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on "
-        f"a stream of phases: {learned}."
+        f"{what}, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on a stream of phases: {learned}."
     )
 
 
@@ -529,21 +577,32 @@ def _render(
     revision: str | None,
     *,
     is_published: bool,
+    adapter_base: tuple[str, str | None] | None = None,
     **sections: Any,
 ) -> str:
-    """The card; a section that is empty is left out."""
-    # JSON's strings are Python's too, on one line whatever they hold.
-    location = json.dumps(load_from) + (f", revision={json.dumps(revision)}" if revision else "")
+    """The card; a section that is empty is left out. `adapter_base`: name and revision of what it is an adapter of."""
+    location = _location(load_from, revision)
+    is_sigmoid = model_type(config) in SIGMOID
     positions = config.get("text_config", {}).get("max_position_embeddings", 0)
+    enough = positions >= (SIGMOID_POSITIONS if is_sigmoid else PIPELINE_POSITIONS)
     card = ModelCard.from_template(
         metadata,
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         location=location,
         is_published=is_published,
-        has_pipeline=positions >= PIPELINE_POSITIONS,
+        base_location=_location(*adapter_base) if adapter_base is not None else None,
+        padding=f'padding="max_length", max_length={positions}' if is_sigmoid else "padding=True",
+        probabilities="sigmoid()" if is_sigmoid else "softmax(dim=-1)",
+        has_pipeline=enough and has_zero_shot_pipeline(config) and adapter_base is None,
         **sections,
     )
     return str(card).rstrip() + "\n"
+
+
+def _location(name: str, revision: str | None) -> str:
+    """The arguments of `from_pretrained`."""
+    # JSON's strings are Python's too, on one line whatever they hold.
+    return json.dumps(name) + (f", revision={json.dumps(revision)}" if revision else "")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,19 @@ def model_source(name_or_path: str | os.PathLike, revision: str | None = None) -
     commit = cached_commit(name, revision)
     source = {"name": name, "repo_id": name, "revision": revision, "commit": commit}
     return {key: value for key, value in source.items() if value} | _licence(name, commit or revision)
+
+
+def adapter_base(model: Mapping[str, Any], repo_id: str | None) -> tuple[str, str | None]:
+    """Where the model lies that the adapters of a run belong to, by name and revision: the Hub, as the start model of
+    the run or as phase 0 of the run's own repository; else the folder `phase-0` beside the adapter's.
+
+    Args:
+        model: what `model_source` says of the start model.
+        repo_id: where the run is published, if it is.
+    """
+    if "repo_id" in model:
+        return model["repo_id"], model.get("commit", model.get("revision"))
+    return (repo_id, "phase-0") if repo_id is not None else ("phase-0", None)
 
 
 def is_hub_id(name: str) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .data import PairCollator, PairDataset, as_captions
 from .distributed import on_each_process
-from .embeddings import embed_texts, given_token_embeds, token_table
+from .embeddings import embed_texts, given_token_embeds, text_inputs, token_table
 from .replay import embed_rows
 
 NEAREST = 9  # starting captions of an image: the ranks 2 to 10, its own caption being the first
@@ -64,7 +64,7 @@ class PseudoTexts:
     """A text for each of M remembered pairs, in the order of the memory, on the CPU.
 
     Attributes:
-        input_ids, attention_mask: (M, L), of the caption from which the search started; the ids say where a text ends.
+        input_ids: (M, L), of the caption from which the search started; they say where a text ends.
         token_embeds: (M, L, H), the text itself.
         text_embeds: (M, D), unit-norm, its embedding by the old model.
         start_rows: (M,) int64, the pair whose caption the search started from.
@@ -74,10 +74,10 @@ class PseudoTexts:
         in_band: (M,) bool, whether the similarity lies between the margins; False where the lead is not positive.
         to_own_caption: (M,), cosine of the text and the own caption.
         is_rewording: (M,) bool, whether the text is nearer to the own caption than any other caption is.
+        attention_mask: (M, L), of the caption from which the search started; None where the tokenizer gives none.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
     token_embeds: Tensor
     text_embeds: Tensor
     start_rows: Tensor
@@ -87,9 +87,14 @@ class PseudoTexts:
     in_band: Tensor
     to_own_caption: Tensor
     is_rewording: Tensor
+    attention_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def tokens(self) -> dict[str, Tensor]:
+        """The text inputs of the model."""
+        return text_inputs({name: tensor for name, tensor in vars(self).items() if tensor is not None})
 
 
 class PseudoTextSearch:
@@ -113,6 +118,7 @@ class PseudoTextSearch:
             device = model.device
             images, texts = embed_rows(model, pairs, collator, batch_size=batch_size, device=device)
         self.tokens = {name: tensor.to(device) for name, tensor in collator.tokens(captions).items()}
+        self.words = collator.words(self.tokens["input_ids"])[:, :, None]
         self.images = torch.from_numpy(np.array(images)).to(device)
         self.captions = torch.from_numpy(np.array([embeds[0] for embeds in texts])).to(device)
         self.pair_ids = torch.tensor(ids, device=device)
@@ -130,7 +136,7 @@ class PseudoTextSearch:
 
         with _in_eval_mode(self.model):
             parts = [part for _, part in sorted(on_each_process(share), key=lambda found: found[0])]
-        names = [field.name for field in fields(PseudoTexts)]
+        names = [field.name for field in fields(PseudoTexts) if getattr(parts[0], field.name) is not None]
         return PseudoTexts(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
     def _search(self, at: int, inversion: Inversion, seed: tuple[int, int]) -> PseudoTexts:
@@ -145,7 +151,9 @@ class PseudoTextSearch:
         start_rows = _one_of_the_nearest(similarities.masked_fill(~other, -torch.inf), generator)
         band = own - inversion.negative_margin * lead, own - inversion.positive_margin * lead
         tokens = {name: tensor[start_rows] for name, tensor in self.tokens.items()}
-        token_embeds = self._invert(self._noisy(tokens, inversion.noise, generator), tokens, rows, band, inversion)
+        words = self.words[start_rows]
+        start = self._noisy(tokens["input_ids"], words, inversion.noise, generator)
+        token_embeds = self._invert(start, tokens, words, rows, band, inversion)
         with torch.no_grad():
             text_embeds = self._read(token_embeds, tokens)
         similarity = (self.images[rows] * text_embeds).sum(dim=1)
@@ -163,32 +171,31 @@ class PseudoTextSearch:
             to_own_caption=to_own_caption,
             is_rewording=to_own_caption > nearest_other,
         )
-        return PseudoTexts(**{field.name: getattr(found, field.name).cpu() for field in fields(found)})
+        return PseudoTexts(**{name: tensor.cpu() for name, tensor in vars(found).items() if tensor is not None})
 
     def _others(self, rows: Tensor) -> Tensor:
         """(n, M): the captions that belong to other pairs and say something else."""
         same_text = self.captions[rows] @ self.captions.T > 1 - SAME_TEXT
         return ~same_text & (self.pair_ids[rows, None] != self.pair_ids)
 
-    def _noisy(self, tokens: dict[str, Tensor], noise: float, generator: np.random.Generator) -> Tensor:
-        """The token embeddings of captions with noise on all tokens between the first and the last, which are no
-        words."""
+    def _noisy(self, input_ids: Tensor, words: Tensor, noise: float, generator: np.random.Generator) -> Tensor:
+        """The token embeddings of captions with noise on all words."""
         table = token_table(self.model).weight.detach()
-        embeds = table[tokens["input_ids"]]
+        embeds = table[input_ids]
         drawn = torch.from_numpy(generator.standard_normal(embeds.shape)).to(embeds)
-        return embeds + noise * table.std() * drawn * _words(tokens["attention_mask"])
+        return embeds + noise * table.std() * drawn * words
 
     def _invert(
         self,
         token_embeds: Tensor,
         tokens: dict[str, Tensor],
+        words: Tensor,
         rows: Tensor,
         band: tuple[Tensor, Tensor],
         inversion: Inversion,
     ) -> Tensor:
         table = token_table(self.model).weight.detach()
         longest = table.norm(dim=1).max()
-        words = _words(tokens["attention_mask"])
         token_embeds = token_embeds.requires_grad_()
         adam = torch.optim.Adam([token_embeds], lr=inversion.learning_rate * float(table.std()))
         for _ in range(inversion.steps):
@@ -209,7 +216,7 @@ class PseudoTextSearch:
         """(n, D), unit-norm: what the text tower makes of token embeddings."""
         rows = torch.arange(len(token_embeds), device=token_embeds.device)
         with given_token_embeds(self.model, token_embeds, rows):
-            return embed_texts(self.model, tokens["input_ids"], tokens["attention_mask"])
+            return embed_texts(self.model, **tokens)
 
 
 def _column(pairs: PairDataset, name: str) -> list:
@@ -218,12 +225,6 @@ def _column(pairs: PairDataset, name: str) -> list:
 
 def _between(similarity: Tensor, band: tuple[Tensor, Tensor]) -> Tensor:
     return (similarity >= band[0]) & (similarity <= band[1])
-
-
-def _words(attention_mask: Tensor) -> Tensor:
-    """(n, L, 1) bool: the tokens between the first and the last of each text."""
-    places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-    return ((places > 0) & (places < attention_mask.sum(dim=1, keepdim=True) - 1))[:, :, None]
 
 
 def _one_of_the_nearest(similarities: Tensor, generator: np.random.Generator) -> Tensor:

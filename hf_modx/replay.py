@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .data import PairCollator, PairDataset
 from .distributed import on_each_process, on_main_process
-from .embeddings import embed_images, embed_texts
+from .embeddings import embed_images, embed_texts, image_inputs, text_inputs
 from .evaluation.encoding import AllCaptions
 from .files import publish_folder, read_json, write_json
 
@@ -188,8 +188,8 @@ def _embed_slice(
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     batch = collate(rows.__getitems__(list(range(start, min(start + batch_size, len(rows))))))
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    images = embed_images(model, batch["pixel_values"])
-    texts = embed_texts(model, batch["input_ids"], batch["attention_mask"])
+    images = embed_images(model, **image_inputs(batch))
+    texts = embed_texts(model, **text_inputs(batch))
     counts = torch.bincount(batch["text_rows"] - start).tolist()
     return list(images.float().cpu().numpy()), [part.numpy() for part in texts.float().cpu().split(counts)]
 

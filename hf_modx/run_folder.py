@@ -4,6 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from .adapter import ADAPTER_WEIGHTS
 from .files import read_json
 from .trainer import LOSS_CALLBACKS_NAME
 
@@ -51,8 +52,10 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     go on from a part of one with a fresh optimizer, and say nothing."""
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
-        needed = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "model.safetensors", LOSS_CALLBACKS_NAME)
-        if all((checkpoint / name).exists() for name in needed) and any(checkpoint.glob("rng_state*.pth")):
+        needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", LOSS_CALLBACKS_NAME]
+        has_weights = any((checkpoint / name).exists() for name in ("model.safetensors", ADAPTER_WEIGHTS))
+        has_random_state = any(checkpoint.glob("rng_state*.pth"))
+        if has_weights and has_random_state and all((checkpoint / name).exists() for name in needed):
             return str(checkpoint)
         logger.warning("%s is incomplete and left out.", checkpoint)
     return None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .embeddings import PairEmbeddings, embed_pairs
 
 ADAPTER, ADAPTER_OUT = "lora_", ("lora_B", "lora_embedding_B")  # how PEFT names parameters
+SCALES = ("logit_scale", "logit_bias")  # may be trained along with an adapter
 
 
 class Teacher:
@@ -66,7 +67,9 @@ class AdapterOffTeacher:
                 "than the adapter is trained. Use Teacher(student), which takes a copy."
             )
         self.model = student
-        self._logit_scale = student.logit_scale.detach().exp()  # may be trained along
+        self._scales = {
+            name: getattr(student, name).detach().clone().reshape(()) for name in SCALES if hasattr(student, name)
+        }
         self._accelerator: Accelerator | None = None
 
     def prepare(self, accelerator: Accelerator) -> None:
@@ -81,9 +84,9 @@ class AdapterOffTeacher:
         base = {
             name: tensor
             for name, tensor in self.model.state_dict().items()
-            if ADAPTER not in name and not name.endswith("logit_scale")
+            if ADAPTER not in name and not name.endswith(SCALES)
         }
-        return {**base, "logit_scale": self._logit_scale}
+        return {**base, **self._scales}
 
     @torch.no_grad()
     def embed(self, batch: Mapping[str, Tensor]) -> PairEmbeddings:
@@ -95,7 +98,8 @@ class AdapterOffTeacher:
         image, text = embeds.image, embeds.text
         if self._accelerator.mixed_precision != "no":
             image, text = image.float(), text.float()  # as a prepared model returns them
-        return PairEmbeddings(image, text, self._logit_scale.to(image.device))
+        scales = {name: scale.to(image.device) for name, scale in self._scales.items()}
+        return PairEmbeddings(image, text, **(scales | {"logit_scale": scales["logit_scale"].exp()}))
 
 
 def teacher_of(model: nn.Module) -> Teacher | AdapterOffTeacher:
@@ -105,12 +109,12 @@ def teacher_of(model: nn.Module) -> Teacher | AdapterOffTeacher:
 
 def adapter_is_fresh(model: nn.Module) -> bool:
     """Whether a PEFT model equals its base model and will still hold it after training: its adapters are LoRA with
-    B = 0, and nothing else is trained but the logit scale."""
+    B = 0, and nothing else is trained but the logit scale and bias."""
     if not (hasattr(model, "peft_config") and hasattr(model, "disable_adapter")):
         return False
     out = [tensor for name, tensor in model.named_parameters() if any(part in name for part in ADAPTER_OUT)]
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    only_adapter = all(ADAPTER in name or name.endswith("logit_scale") for name in trained)
+    only_adapter = all(ADAPTER in name or name.endswith(SCALES) for name in trained)
     return bool(out) and only_adapter and not any(tensor.any() for tensor in out)
 
 

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .data import PairCollator, PairDataset, as_captions
 from .distributed import all_gather_rows, on_each_process, on_main_process
-from .embeddings import PairEmbeddings
+from .embeddings import PairEmbeddings, image_inputs, text_inputs
 from .evaluation.encoding import AllCaptions
 from .files import read_json, write_json
 from .overlap import image_digests
@@ -31,7 +32,7 @@ MEMORY_LIMIT = 2**30
 ROWS_READ_AT_ONCE = 1024
 # A tokenizer remembers how it padded and truncated last, and with what it was saved: no properties of it.
 REMEMBERED = ("padding", "truncation", "processor_class")
-LAYOUT = 1  # of the files; a cache of another layout is not read
+LAYOUT = 2  # of the files; a cache of another layout is not read
 
 
 class CachedTeacher:
@@ -42,7 +43,7 @@ class CachedTeacher:
         image: (R, D), unit-norm rows, fp32 or float64; an array in memory or mapped from a file.
         text: (C, D), likewise: the captions of row 0, then those of row 1, and so on.
         offsets: (R + 1,) int64; the captions of row i are `text[offsets[i] : offsets[i + 1]]`.
-        logit_scale: the old model's factor on the cosines.
+        logit_scale, logit_bias: the old model's; see `PairEmbeddings`.
         dtype: in which the old model itself returns embeddings.
         folder: where the arrays lie, if on disk.
     """
@@ -55,11 +56,13 @@ class CachedTeacher:
         logit_scale: Tensor,
         dtype: torch.dtype,
         folder: Path | None = None,
+        logit_bias: Tensor | None = None,
     ):
         self.image = image
         self.text = text
         self.offsets = offsets
         self.logit_scale = logit_scale
+        self.logit_bias = logit_bias
         self.dtype = dtype
         self.folder = folder
 
@@ -79,6 +82,7 @@ class CachedTeacher:
             found(self.image, rows),
             found(self.text, self.offsets[rows] + captions),
             self.logit_scale.to(device),
+            None if self.logit_bias is None else self.logit_bias.to(device),
         )
 
     def remove(self) -> None:
@@ -248,13 +252,13 @@ class _Embedding:
     def _embeds(self, batch: dict[str, Tensor]) -> PairEmbeddings:
         """(N, D) images and (C, D) captions. The forward pass takes unequal numbers of both: what runs is what the
         live teacher runs."""
-        names = ("pixel_values", "input_ids", "attention_mask")
+        inputs = {**image_inputs(batch), **text_inputs(batch)}
         slices = min(len(batch["pixel_values"]), math.ceil(len(batch["input_ids"]) / self.batch_size))
-        columns = [batch[name].to(self.device).tensor_split(slices) for name in names]
-        embeds = [self.teacher.embed(dict(zip(names, parts, strict=True))) for parts in zip(*columns, strict=True)]
+        columns = [tensor.to(self.device).tensor_split(slices) for tensor in inputs.values()]
+        embeds = [self.teacher.embed(dict(zip(inputs, parts, strict=True))) for parts in zip(*columns, strict=True)]
         image = torch.cat([part.image for part in embeds])
         text = torch.cat([part.text for part in embeds])
-        return PairEmbeddings(image, text, embeds[0].logit_scale)
+        return replace(embeds[0], image=image, text=text)
 
 
 def _storable(embeds: Tensor) -> Tensor:
@@ -276,7 +280,7 @@ def _in_memory(embedding: _Embedding, offsets: np.ndarray) -> CachedTeacher:
 
     embedding.run(embedding.batches, keep)
     image, text = (all_gather_rows(torch.cat(parts)).cpu().numpy() for parts in (images, texts))
-    return CachedTeacher(image, text, offsets, first.logit_scale, first.image.dtype)
+    return CachedTeacher(image, text, offsets, first.logit_scale, first.image.dtype, logit_bias=first.logit_bias)
 
 
 # ---- On disk ----
@@ -301,7 +305,10 @@ def _on_disk(embedding: _Embedding, offsets: np.ndarray, folder: Path, identity:
     embedding.run(left, lambda rows, image, text: table.write(rows, image.cpu().numpy(), text.cpu().numpy()))
     image, text = table.arrays()
     dtype = getattr(torch, meta["dtype"])
-    return CachedTeacher(image, text, offsets, torch.tensor(meta["logit_scale"], dtype=dtype), dtype, location)
+    scale, bias = (
+        None if meta[name] is None else torch.tensor(meta[name], dtype=dtype) for name in ("logit_scale", "logit_bias")
+    )
+    return CachedTeacher(image, text, offsets, scale, dtype, location, bias)
 
 
 class _Table:
@@ -364,6 +371,7 @@ def _meta(first: PairEmbeddings, identity: dict[str, Any]) -> dict[str, Any]:
         "width": first.image.shape[1],
         "dtype": str(first.image.dtype).removeprefix("torch."),
         "logit_scale": first.logit_scale.item(),
+        "logit_bias": None if first.logit_bias is None else first.logit_bias.item(),
     }
 
 
@@ -459,6 +467,7 @@ def _processor_digest(collator: PairCollator) -> str:
     parts = (collator.image_processor, collator.tokenizer)
     contents: list[Any] = [
         collator.max_length,
+        collator.padding,
         *(f"{type(part).__module__}.{type(part).__qualname__}" for part in parts),
     ]
     with tempfile.TemporaryDirectory() as folder:

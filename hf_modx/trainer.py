@@ -19,29 +19,44 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput, speed_metrics
 
+from .adapter import add_adapter, has_adapter
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
 from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_states, unpack_states
+from .callbacks.contrastive import contrastive_loss
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
-from .embeddings import PairEmbeddings, check_dual_encoder, embed_pairs, longest_caption
+from .embeddings import (
+    IMAGE_INPUTS,
+    TEXT_INPUTS,
+    PairEmbeddings,
+    check_dual_encoder,
+    embed_pairs,
+    embedding_width,
+    pair_embeddings,
+)
 from .energy import EnergyMeter
-from .evaluation.encoding import EncodedPairs, encode_pairs
+from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
+from .evaluation.suite import LabelTest
 from .files import write_text
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
-from .losses import Shard, info_nce
+from .losses import Shard
 from .model_card import trainer_card
 from .recipes import Part, build_recipe
 from .replay import Replay, StoredEmbeddings
 from .sampling import GlobalBatches
-from .teacher import Teacher, teacher_of
+from .teacher import ADAPTER, Teacher, teacher_of
 from .teacher_cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
+from .trained_along import TrainedAlong
+from .trained_weights import PREFIX, leaves_of_trained_weights, trained_weights
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
 
 LOSS_CALLBACKS_NAME = "loss_callbacks.safetensors"
+TRAINED_BESIDE_NAME = "trained_beside.safetensors"
+"""In a checkpoint: what is trained and in none of the model's own files."""
 TEXT_TOWER = ("text_model.", "text_projection.")
 
 
@@ -53,10 +68,12 @@ class ModXTrainer(Trainer):
     the number of processes.
 
     Args:
+        model: with `args.peft` it gets a fresh adapter and is, trained, a `PeftModel`.
         args: `ModXTrainingArguments`.
         processing_class: a processor with an image processor and a tokenizer, for instance `CLIPProcessor`.
         data_collator: replaces image and caption columns altogether: it takes items of the data set and returns
-            `pixel_values`, `input_ids`, `attention_mask` and, if it likes, `pair_id`, `caption_id` (see
+            what the model's forward pass takes (`pixel_values`, `input_ids`, `attention_mask`, of SigLIP 2 also
+            `pixel_attention_mask` and `spatial_shapes`) and, if it likes, `pair_id`, `caption_id` (see
             `mask_duplicates`) and `row_id` (N,). The order of the rows is ours; a data set without a length is read in
             the stock way, and then several processes need batches that are full.
         compute_metrics: called in evaluation beside the retrieval metrics, with `predictions = (image embeddings,
@@ -68,6 +85,7 @@ class ModXTrainer(Trainer):
     Raises:
         TypeError: the model is no dual encoder, or a data set or column is of a wrong type.
         ValueError: a missing column, a batch of one pair, a recipe without or with two contrastive terms.
+        ImportError: `args.peft` without PEFT.
     """
 
     # The loss is a mean over the batch: the Trainer divides by the number of accumulated batches. A `labels` column
@@ -97,6 +115,7 @@ class ModXTrainer(Trainer):
         _refuse(preprocess_logits_for_metrics, "preprocess_logits_for_metrics", "There are no logits to preprocess.")
         if model is not None:
             check_dual_encoder(model)
+            model = add_adapter(model, args) if args.peft is not None else model
         super().__init__(
             model=model,
             args=args,
@@ -132,6 +151,10 @@ class ModXTrainer(Trainer):
             self._remember_phase_start()
         self._records: dict[str, tuple[Tensor, int]] = {}
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
+        self._along = TrainedAlong(lambda: self.loss_callbacks)
+        self.add_callback(self._along)
+        self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
+        """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
@@ -201,6 +224,7 @@ class ModXTrainer(Trainer):
         if not self._phase_has_started:
             for callback in self.loss_callbacks:
                 callback.start_phase(self._boundary())
+            self._along.start(self.args.device)
         self._phase_has_started = True
 
     def _boundary(self) -> PhaseBoundary:
@@ -239,7 +263,7 @@ class ModXTrainer(Trainer):
             numbers = {
                 "rows": len(dataset),
                 "captions": int(caption_offsets(dataset)[-1]),
-                "width": self._dual_encoder.config.projection_dim,
+                "width": embedding_width(self._dual_encoder),
                 "pairs_seen": steps * self.args.total_batch_size,
             }
         mode = choose_cache(self.args.teacher_cache, obstacle=obstacle, **numbers)
@@ -285,7 +309,10 @@ class ModXTrainer(Trainer):
         """As in `Trainer`; with `gradient_cache_chunk_size` the batches of one optimizer step are held until the last
         and form one contrastive batch."""
         if self.args.gradient_cache_chunk_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.accelerator.sync_gradients:
+                self._along.average_gradients()
+            return loss
         self._held.append(_tensors(self._prepare_inputs(inputs)))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -296,15 +323,16 @@ class ModXTrainer(Trainer):
         self._held = []
         teacher = self._teacher_embeddings(joined)
         batch = self._ready(joined)
-        return GradientCache(self.args.gradient_cache_chunk_size).backward(
+        loss = GradientCache(self.args.gradient_cache_chunk_size).backward(
             self.accelerator,
             model,
             batch.inputs,
             embed=lambda chunk: embed_pairs(model, self._dual_encoder, chunk, batch.token_embeds),
-            loss_of=lambda image, text: self._loss(
-                PairEmbeddings(image, text, self._dual_encoder.logit_scale.exp()), teacher, batch
-            ),
+            loss_of=lambda image, text: self._loss(pair_embeddings(self._dual_encoder, image, text), teacher, batch),
+            along=self._along.parameters(),
         )
+        self._along.average_gradients()
+        return loss
 
     def _ready(self, inputs: dict[str, Tensor]) -> "_Batch":
         """The batch with all that the loss needs to know of it, and with what the loss callbacks add to it."""
@@ -358,7 +386,7 @@ class ModXTrainer(Trainer):
             for at in range(0, rows, size)
         ]
         image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
-        return PairEmbeddings(image, text, parts[0].logit_scale)
+        return replace(parts[0], image=image, text=text)
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in an order that depends on (data seed, epoch) alone; each process gets its share."""
@@ -411,9 +439,22 @@ class ModXTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if created and self.args.text_learning_rate is not None:
-            _give_own_learning_rate(optimizer, self.model, self.args.text_learning_rate)
+        if created and self.args.learning_rate_of_text is not None:
+            _give_own_learning_rate(optimizer, self.model, self.args.learning_rate_of_text)
+        if created:
+            self._along.join(optimizer, self.args.weight_decay)
+        if not self._along.are_in(optimizer):
+            raise ValueError(
+                f"The optimizer does not train {', '.join(self._along.modules())}, which a loss callback wants to be "
+                "trained along. Leave out optimizers."
+            )
         return optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        along = self._along.parameters()
+        if not along:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_([*model.parameters(), *along], self.args.max_grad_norm)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and (share := self.data_wait.share()) is not None:
@@ -421,6 +462,8 @@ class ModXTrainer(Trainer):
         if self._records and ("loss" in logs or "train_loss" in logs):
             logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
             logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
+            if getattr(self._dual_encoder, "logit_bias", None) is not None:
+                logs["logit_bias"] = self._dual_encoder.logit_bias.item()
             self._records = {}
         if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
             logs["train_energy_joules"] = joules
@@ -430,12 +473,13 @@ class ModXTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        eval_dataset: Dataset | LabelTest | dict[str, Dataset | LabelTest] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Retrieval on the whole test set: `{prefix}_image_to_text_recall@1` and so on, fractions in [0, 1], and
-        `{prefix}_loss`, the InfoNCE over all its pairs (first captions). Sharded over processes, identical on each."""
+        `{prefix}_loss`, the contrastive loss over all its pairs (first captions). Of a `LabelTest` its own metrics.
+        Sharded over processes, identical on each."""
         eval_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
@@ -447,14 +491,21 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        values = self._metrics(self._encode(eval_dataset))
+        if isinstance(eval_dataset, LabelTest):
+            values = self._measure(eval_dataset)
+        else:
+            encoded = self.encode(eval_dataset)
+            if self.on_encoded is not None:
+                self.on_encoded(metric_key_prefix, encoded)
+            values = self._metrics(encoded)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _encode(self, dataset: Dataset) -> EncodedPairs:
+    def encode(self, dataset: Dataset) -> EncodedPairs:
+        """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""
         was_training = self.model.training
         self.model.eval()
         with self.accelerator.autocast():
@@ -469,14 +520,26 @@ class ModXTrainer(Trainer):
         self.model.train(was_training)
         return encoded
 
+    def _measure(self, test: LabelTest) -> dict[str, float]:
+        was_training = self.model.training
+        self.model.eval()
+        args = self.args
+        encoder = Encoder(
+            self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
+        )
+        with self.accelerator.autocast():
+            values = test.measure(encoder)
+        self.model.train(was_training)
+        return values
+
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
             encoded.image, encoded.text, encoded.image_ids, encoded.text_ids, sharded=world_size() > 1
         )
         first = encoded.first_captions()
-        scale = self._dual_encoder.logit_scale.detach().exp()
-        loss = info_nce(encoded.image, encoded.text[first], scale, pair_ids=encoded.image_ids)
-        metrics["loss"] = loss.item()
+        with torch.no_grad():
+            pairs = pair_embeddings(self._dual_encoder, encoded.image, encoded.text[first])
+            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids).item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
@@ -486,7 +549,7 @@ class ModXTrainer(Trainer):
     ) -> PredictionOutput:
         """Embeddings instead of batch-local logits: `predictions = (images (N, D), texts (C, D))`, `label_ids` their
         pair ids, in the order of the rows with all captions of each; `metrics` as `evaluate` names them."""
-        encoded = self._encode(test_dataset)
+        encoded = self.encode(test_dataset)
         prediction = encoded.as_predictions()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._metrics(encoded).items()}
         return PredictionOutput(prediction.predictions, prediction.label_ids, metrics)
@@ -499,11 +562,38 @@ class ModXTrainer(Trainer):
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             os.makedirs(folder, exist_ok=True)
             self.save_loss_callbacks(os.path.join(folder, LOSS_CALLBACKS_NAME))
+            if beside := {**self._beside_adapter(), **self._along.state_dict()}:
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.items()}
+                save_file(tensors, os.path.join(folder, TRAINED_BESIDE_NAME))
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
+        beside = self._load_beside_adapter(resume_from_checkpoint)
+        _refuse_missing(self._along.state_dict(), beside, resume_from_checkpoint)
+        self._along.load_state_dict(beside)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_beside_adapter(self.state.best_model_checkpoint)
+
+    def _beside_adapter(self) -> dict[str, Tensor]:
+        """What is trained beside an adapter: of a PEFT model the Trainer's checkpoints hold the adapter alone."""
+        if not has_adapter(self._dual_encoder):
+            return {}
+        parameters = self._dual_encoder.named_parameters()
+        return {name: weight for name, weight in parameters if weight.requires_grad and ADAPTER not in name}
+
+    @torch.no_grad()
+    def _load_beside_adapter(self, checkpoint: str) -> dict[str, Tensor]:
+        """Take it back; gives all that the checkpoint holds of what no file of the model does."""
+        path = os.path.join(checkpoint, TRAINED_BESIDE_NAME)
+        found = load_file(path) if os.path.exists(path) else {}
+        _refuse_missing(self._beside_adapter(), found, checkpoint)
+        for name, weight in self._beside_adapter().items():
+            weight.copy_(found[name])
+        return found
 
     def save_loss_callbacks(self, path: str | os.PathLike) -> None:
         """Write the states of the loss callbacks to a safetensors file."""
@@ -580,11 +670,7 @@ class ModXTrainer(Trainer):
         if self._needs_teacher and self.teacher is None:
             self.teacher = teacher_of(self.model)
         if any(callback.needs_phase_start for callback in self.loss_callbacks) and not self._phase_start:
-            self._phase_start = {
-                name: parameter.detach().clone()
-                for name, parameter in self.model.named_parameters()
-                if parameter.requires_grad
-            }
+            self._phase_start = {name: weight.detach().clone() for name, weight in trained_weights(self.model).items()}
 
     def _context(self, inputs: dict[str, Tensor], counts: list[int]) -> tuple[LossContext, Tensor | None]:
         """The context of the global batch, and which of the gathered rows belong to it (None: all)."""
@@ -642,16 +728,17 @@ class ModXTrainer(Trainer):
         was_training = model.training
         model.eval()
         try:
-            for inputs in itertools.islice(self._contrastive_batches(), batches):
-                model.zero_grad()
-                context = self._backward(model, inputs, loss)
-                found = {
-                    name: gather_stacked(parameter.grad).mean(dim=0) / self._gradient_scale
-                    for name, parameter in model.named_parameters()
-                    if parameter.grad is not None
-                }
-                model.zero_grad()
-                yield BatchGradient(len(context.row_ids), found)
+            with leaves_of_trained_weights(model) as leaves:
+                for inputs in itertools.islice(self._contrastive_batches(), batches):
+                    model.zero_grad()
+                    context = self._backward(model, inputs, loss)
+                    found = {
+                        name: gather_stacked(parameter.grad).mean(dim=0) / self._gradient_scale
+                        for name, parameter in leaves.items()
+                        if parameter.grad is not None
+                    }
+                    model.zero_grad()
+                    yield BatchGradient(len(context.row_ids), found)
         finally:
             model.train(was_training)
 
@@ -666,10 +753,10 @@ class ModXTrainer(Trainer):
                 found = embed_pairs(model, model, chunk)
             if self.accelerator.mixed_precision == "no":
                 return found
-            return PairEmbeddings(found.image.float(), found.text.float(), found.logit_scale)
+            return replace(found, image=found.image.float(), text=found.text.float())
 
         def loss_of(image: Tensor, text: Tensor) -> Tensor:
-            return loss(_gather(PairEmbeddings(image, text, model.logit_scale.exp()), counts, kept), context)
+            return loss(_gather(pair_embeddings(model, image, text), counts, kept), context)
 
         size = self.args.gradient_cache_chunk_size
         if size is None:
@@ -715,12 +802,12 @@ class ModXTrainer(Trainer):
     def _pair_collator(self, mask_duplicates: bool = False) -> PairCollator:
         if self.processing_class is None:
             raise ValueError("ModXTrainer needs a processing_class, for instance CLIPProcessor.from_pretrained(...).")
-        return PairCollator(
+        return PairCollator.for_model(
+            self._dual_encoder,
             self.processing_class,
-            self._data_seed,
-            self.args.image_augmentation,
-            longest_caption(self._dual_encoder, self.processing_class.tokenizer),
-            mask_duplicates,
+            seed=self._data_seed,
+            image_augmentation=self.args.image_augmentation,
+            mask_duplicates=mask_duplicates,
         )
 
     def _refuse_engines(self) -> None:
@@ -755,7 +842,7 @@ class ModXTrainer(Trainer):
         if self._uses_columns:
             sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
             for dataset in (self.train_dataset, *sets.values()):
-                if dataset is not None:
+                if dataset is not None and not isinstance(dataset, LabelTest):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return
@@ -773,6 +860,7 @@ class ModXTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         check_dual_encoder(model)
+        model = add_adapter(model, self.args) if self.args.peft is not None else model
         self._freeze_towers(model)
         return model
 
@@ -808,7 +896,7 @@ class _Batch:
     def pairs(self, local: PairEmbeddings) -> PairEmbeddings:
         """The embeddings without those of the extra inputs."""
         rows = len(self.context.batch["input_ids"])
-        return PairEmbeddings(local.image[:rows], local.text[:rows], local.logit_scale)
+        return replace(local, image=local.image[:rows], text=local.text[:rows])
 
     def gather_extra(self, local: PairEmbeddings) -> dict[LossCallback, ExtraEmbeddings]:
         """The embeddings of the extra inputs, from all processes with gradient."""
@@ -824,8 +912,9 @@ class _Batch:
 def _joined(inputs: dict[str, Tensor], extra: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
     """The batch with the extra images below its images and the extra texts below its texts."""
     joined = dict(inputs)
-    for names in (("pixel_values",), ("input_ids", "attention_mask")):
-        parts = [{name: part[name] for name in names} for part in (inputs, *extra) if names[0] in part]
+    for names in (IMAGE_INPUTS, TEXT_INPUTS):
+        own = [name for name in names if name in inputs]
+        parts = [{name: part[name] for name in own} for part in (inputs, *extra) if own[0] in part]
         joined.update(join_batches(parts, pad_token_id))
     return joined
 
@@ -857,7 +946,7 @@ def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> Pa
     both = all_gather_rows(torch.cat([local.image, local.text], dim=1), counts)
     if kept is not None:
         both = both[kept]
-    return PairEmbeddings(both[:, :width], both[:, width:], local.logit_scale)
+    return replace(local, image=both[:, :width], text=both[:, width:])
 
 
 def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -885,9 +974,21 @@ def _refuse(value: Any, name: str, remedy: str) -> None:
         raise ValueError(f"ModXTrainer takes no {name}. {remedy}")
 
 
+def _refuse_missing(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], checkpoint: str) -> None:
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise ValueError(
+            f"{checkpoint} does not hold {', '.join(missing)}, which is trained: it is of another recipe or of an "
+            "earlier version. Start the phase anew, without this checkpoint."
+        )
+
+
 def _give_own_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
     """Move the text tower and its projection out of the optimizer's groups into groups with another learning rate."""
-    chosen = {id(parameter) for name, parameter in model.named_parameters() if name.startswith(TEXT_TOWER)}
+    chosen = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if name.removeprefix(PREFIX).startswith(TEXT_TOWER)
+    }
     if not chosen:
         raise ValueError(f"{type(model).__name__} has no parameters named {' or '.join(TEXT_TOWER)}...")
     for group in list(optimizer.param_groups):

@@ -80,20 +80,72 @@ class ModXTrainingArguments(TrainingArguments):
     text_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the text tower and its projection; default: learning_rate."}
     )
+    text_learning_rate_factor: float | None = field(
+        default=None, metadata={"help": "The same as a multiple of learning_rate, for instance 10."}
+    )
     freeze_vision_model: bool = field(
-        default=False, metadata={"help": "Do not train the vision tower; its projection is trained."}
+        default=False, metadata={"help": "Do not train the vision tower; a projection behind it is trained."}
     )
     freeze_text_model: bool = field(
-        default=False, metadata={"help": "Do not train the text tower; its projection is trained."}
+        default=False, metadata={"help": "Do not train the text tower; a projection behind it is trained."}
     )
     decay_logit_scale: bool = field(
         default=False,
         metadata={"help": "Apply weight decay to logit_scale too, as the authors' code and the stock Trainer do."},
     )
     max_logit_scale: float = field(
-        default=100.0, metadata={"help": "The factor on the cosines is clamped to [1, this] after every step."}
+        default=100.0,
+        metadata={
+            "help": "The factor on the cosines is clamped to [1, this] after every step; not where the model has a "
+            "sigmoid loss."
+        },
     )
 
+    peft: str | None = field(
+        default=None,
+        metadata={
+            "help": "'lora': a phase trains a fresh low-rank adapter, all else is frozen. The teacher is the model "
+            "with the adapter off, and takes no memory.",
+            "choices": ["lora"],
+        },
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapter of a phase."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "An adapter's change is multiplied by lora_alpha / lora_rank. Default: 2 lora_rank."},
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on what goes into the adapter, in [0, 1)."})
+    lora_targets: str | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers that get an adapter, by the end of their names: q_proj,v_proj. Default: all in the "
+            "two towers, not the projections beside them."
+        },
+    )
+    lora_merge: bool = field(
+        default=True,
+        metadata={
+            "help": "Merge the adapter at the end of a phase: ContinualRun leaves a plain model. False leaves one "
+            "adapter of the model before the first phase, which holds all phases up to this one and loads with "
+            "PeftModel.from_pretrained."
+        },
+    )
+    train_logit_scale: bool = field(default=False, metadata={"help": "With peft: train the logit scale beside it."})
+
+    spatial_disorder: bool = field(
+        default=True,
+        metadata={
+            "help": "ContinualRun compares the tests' embeddings after a phase with those before it and at the start: "
+            "changes of angles, rotations of the modalities."
+        },
+    )
+    imav_samples: int = field(
+        default=0,
+        metadata={
+            "help": "With spatial_disorder: embed so many training pairs of the earlier phase too, to see how the "
+            "angle between image and caption has changed."
+        },
+    )
     resume_from_hub: bool = field(
         default=False,
         metadata={
@@ -133,6 +185,8 @@ class ModXTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.bad_samples not in ("error", "skip"):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
+        if self.imav_samples < 0 or (self.imav_samples and not self.spatial_disorder):
+            raise ValueError(f"imav_samples must be at least 0 and needs spatial_disorder, got {self.imav_samples}.")
         if self.hub_private_repo is None:
             self.hub_private_repo = True
         for name in ("resume_from_hub", "hub_collection"):
@@ -151,6 +205,25 @@ class ModXTrainingArguments(TrainingArguments):
             raise ValueError(f"gradient_cache_chunk_size must be at least 1, got {self.gradient_cache_chunk_size}.")
         if not self.max_logit_scale >= 1:
             raise ValueError(f"max_logit_scale must be at least 1, got {self.max_logit_scale}.")
+        if self.text_learning_rate is not None and self.text_learning_rate_factor is not None:
+            raise ValueError("Give text_learning_rate or text_learning_rate_factor, not both.")
+        if self.text_learning_rate_factor is not None and not self.text_learning_rate_factor > 0:
+            raise ValueError(f"text_learning_rate_factor must be positive, got {self.text_learning_rate_factor}.")
+        self._check_peft()
+
+    def _check_peft(self) -> None:
+        if self.peft not in (None, "lora"):
+            raise ValueError(f"peft must be 'lora' or left out, got {self.peft!r}.")
+        if self.train_logit_scale and self.peft is None:
+            raise ValueError("train_logit_scale is for peft='lora': without an adapter the logit scale is trained.")
+        if self.train_logit_scale and not self.lora_merge:
+            raise ValueError("An adapter holds no logit scale: train_logit_scale needs lora_merge.")
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}.")
+        if self.lora_alpha is not None and not self.lora_alpha > 0:
+            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
 
     def __getstate__(self) -> dict[str, Any]:
         # The stock Trainer pickles its arguments beside every model, and pushes them with it.
@@ -165,6 +238,13 @@ class ModXTrainingArguments(TrainingArguments):
     def max_log_logit_scale(self) -> float:
         """The bound on the `logit_scale` parameter itself, which is a logarithm."""
         return math.log(self.max_logit_scale)
+
+    @property
+    def learning_rate_of_text(self) -> float | None:
+        """Of the text tower and its projection, where it is another one."""
+        if self.text_learning_rate_factor is None:
+            return self.text_learning_rate
+        return self.text_learning_rate_factor * self.learning_rate
 
     @property
     def total_batch_size(self) -> int:

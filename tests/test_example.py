@@ -21,6 +21,12 @@ QUICK = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """The example would take all cores of this process, and processes forked off threads hang."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.fixture
 def start(model, processor, tmp_path):
     """The tiny model as a folder."""
@@ -102,6 +108,19 @@ def test_random_phases_of_an_image_folder(example, tmp_path):
     assert len(example(*flags)["phases"]) == 2
 
 
+def test_further_tests_come_from_a_file(example, tmp_path, capsys):
+    named_splits().save_to_disk(tmp_path / "data")
+    shapes = tiny_pairs(8).map(lambda row: {"shape": row["caption"][0].split()[-1]})
+    shapes.save_to_disk(tmp_path / "shapes")
+    (tmp_path / "tests.yaml").write_text(
+        f"- {{name: shapes, kind: zero_shot, dataset: {tmp_path / 'shapes'}, label_column: shape, "
+        "class_names: [circle, square], templates: ['a {}']}"
+    )
+    results = example("--dataset_name", str(tmp_path / "data"), "--tests", str(tmp_path / "tests.yaml"))
+    assert [row[-1] is not None for row in results["matrix"]["zero_shot_top1"]] == [True] * 3
+    assert "Zero-shot top-1 in percent" in capsys.readouterr().out
+
+
 def test_yaml_file_comes_first_and_flags_override_it(start, tmp_path):
     named_splits().save_to_disk(tmp_path / "data")
     config = tmp_path / "config.yaml"
@@ -146,6 +165,22 @@ def test_sizes_can_be_limited(example, tmp_path):
     results = example(*flags)
     assert [record["pairs"] for record in results["training"]] == [10, 10]
     assert set(results["test_pairs"].values()) == {5}
+
+
+def test_adapters_are_a_flag_and_a_recipe_brings_its_own_settings(example, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    example("--dataset_name", str(tmp_path / "data"), "--recipe", "cclip", "--lora_merge", "false")
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]["hyperparameters"]
+    assert (settings["peft"], settings["lora_rank"], settings["lora_dropout"]) == ("lora", 16, 0.1)
+    assert settings["text_learning_rate_factor"] == 10 and settings["lora_merge"] is False
+    assert (tmp_path / "out" / "phase-2" / "adapter_model.safetensors").exists()
+
+
+def test_configuration_for_one_gpu_is_taken_as_it_stands(start, tmp_path, capsys):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--dataset_name", str(tmp_path / "data"), "--model_name_or_path", start, "--use_cpu", "true", "--dry_run"]
+    continual_clip.main([str(ROOT / "examples" / "lora_one_gpu.yaml"), *flags])
+    assert "Recipe modx, 512 pairs a step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_modx.losses import Shard, affinity_distillation, info_nce, modx_loss
+from hf_modx.losses import Shard, affinity_distillation, info_nce, modx_loss, sigmoid_loss
 
 N, DIM, TEACHER_DIM = 9, 6, 5
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -669,3 +670,118 @@ def test_scale_may_have_one_element():
     info_nce(batch.images, batch.texts, one).backward()
     expected = batch.gradients(info_nce(batch.images, batch.texts, batch.scale))[2]
     torch.testing.assert_close(one.grad, expected[None], **EXACT)
+
+
+# --- the sigmoid loss ------------------------------------------------------------------------------------------------
+
+
+class SigmoidBatch(Batch):
+    """With a bias in the place of an old model."""
+
+    def __init__(self, rows: int = N, dtype: torch.dtype = torch.float64):
+        super().__init__(rows, dtype=dtype)
+        self.bias = torch.tensor(-10.0, dtype=dtype, requires_grad=True)
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [self.images, self.texts, self.scale, self.bias]
+
+    def loss(self, **options):
+        return sigmoid_loss(*self.leaves(), **options)
+
+    def reference(self, ids=None, extra=None):
+        """Zhai et al., section 3.2, one pair after the other."""
+        total = 0.0
+        for row, image in enumerate(self.images):
+            for column, text in enumerate(self.texts):
+                together = row == column or (ids is not None and ids[row] == ids[column])
+                logit = self.scale * image @ text + self.bias
+                total = total - F.logsigmoid(logit if together else -logit)
+            for text in extra if extra is not None else []:
+                total = total - F.logsigmoid(-(self.scale * image @ text + self.bias))
+        return total / len(self.images)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1, 4, N + 5])
+@pytest.mark.parametrize("pair_ids", [None, IDS], ids=["no ids", "ids"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_sigmoid_loss_and_gradients_are_those_of_the_paper(chunk_size, pair_ids, extra):
+    batch = SigmoidBatch()
+    more = unit(4, DIM, 55).requires_grad_() if extra else None
+    leaves = [*batch.leaves(), *([more] if extra else [])]
+    expected = batch.reference(pair_ids, more)
+    found = batch.loss(pair_ids=pair_ids, extra_text_embeds=more, chunk_size=chunk_size)
+    torch.testing.assert_close(found, expected, **EXACT)
+    for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)
+def test_shards_of_the_sigmoid_loss_sum_to_the_whole(bounds):
+    batch = SigmoidBatch()
+    number = len(bounds) - 1
+    exchange = Exchange(number)
+
+    def one_process(index):
+        shard = Shard(bounds[index], bounds[index + 1], number, exchange.gather(index))
+        loss = batch.loss(pair_ids=IDS, shard=shard, chunk_size=2)
+        return loss, torch.autograd.grad(loss, batch.leaves())
+
+    with ThreadPoolExecutor(number) as pool:
+        answers = list(pool.map(one_process, range(number)))
+    whole = batch.loss(pair_ids=IDS)
+    assert all(torch.allclose(loss, whole, **EXACT) for loss, _ in answers)
+    parts = zip(*[gradients for _, gradients in answers], strict=True)
+    for shares, expected in zip(parts, torch.autograd.grad(whole, batch.leaves()), strict=True):
+        torch.testing.assert_close(sum(shares) / number, expected, **EXACT)
+
+
+def test_sigmoid_loss_of_bf16_embeddings_is_accumulated_in_fp32():
+    batch = SigmoidBatch(rows=64, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = batch.loss(chunk_size=16)
+    expected = sigmoid_loss(*(leaf.float() for leaf in batch.leaves()))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert all(gradient.dtype == torch.bfloat16 for gradient in torch.autograd.grad(found, batch.leaves()))
+
+
+def test_sigmoid_loss_in_single_precision_is_as_exact_as_autograd():
+    batch, double = SigmoidBatch(rows=500, dtype=torch.float32), SigmoidBatch(rows=500)
+    found = torch.autograd.grad(batch.loss(), batch.leaves())
+    exact = torch.autograd.grad(double.loss(), double.leaves())
+    for single, wanted in zip(found, exact, strict=True):
+        assert (single.double() - wanted).norm() / wanted.norm() < 1e-5
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_embedding_that_is_not_finite_makes_the_sigmoid_loss_not_finite(value):
+    batch = SigmoidBatch()
+    batch.images = batch.images.detach().clone()
+    batch.images[3, 0] = value
+    assert not batch.loss(chunk_size=2).isfinite()
+
+
+def test_second_derivatives_of_the_sigmoid_loss_are_refused():
+    batch = SigmoidBatch()
+    with pytest.raises(NotImplementedError, match="create_graph"):
+        torch.autograd.grad(batch.loss(), batch.images, create_graph=True)
+
+
+class LargestTensor(TorchDispatchMode):
+    """The most elements that any operation has made at once."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+def test_sigmoid_loss_holds_no_matrix_of_all_pairs():
+    batch = SigmoidBatch(rows=50)
+    with LargestTensor() as largest:
+        torch.autograd.grad(batch.loss(pair_ids=torch.arange(50) // 2, chunk_size=4), batch.leaves())
+    assert largest.elements <= max(4 * 50, 50 * DIM)

@@ -50,6 +50,21 @@ def reference_ranks(queries, candidates, query_ids, candidate_ids) -> list[int]:
     return ranks
 
 
+def reference_map(queries, candidates, query_ids, candidate_ids) -> float:
+    """Mean over queries of the mean over their matches, the k-th best at rank r, of k / r."""
+    total = 0.0
+    for cosines, query_id in zip((queries.double() @ candidates.double().T).tolist(), query_ids.tolist(), strict=True):
+        matches = [cosine for cosine, i in zip(cosines, candidate_ids.tolist(), strict=True) if i == query_id]
+        others = [cosine for cosine, i in zip(cosines, candidate_ids.tolist(), strict=True) if i != query_id]
+        matches.sort(key=lambda cosine: math.inf if math.isnan(cosine) else -cosine)
+        precisions = []
+        for k, match in enumerate(matches, start=1):
+            bound = match - 8 * torch.finfo(queries.dtype).eps
+            precisions.append(k / (k + sum(not other < bound for other in others)))
+        total += sum(precisions) / len(precisions)
+    return total / len(queries)
+
+
 @st.composite
 def matched_ids(draw):
     """Ids of images and captions, in any order: any integers, several images and captions of one id."""
@@ -79,7 +94,13 @@ def test_ranks_equal_a_loop_for_any_ids_ties_and_tiles(ids, cells, dtype, tile, 
     assert retrieval_ranks(images, texts, image_ids, text_ids, tile=tile).tolist() == image_ranks
     assert retrieval_ranks(texts, images, text_ids, image_ids, tile=tile).tolist() == text_ranks
     assert retrieval_metrics(images, texts, image_ids, text_ids, tile=tile) == pytest.approx(
-        {**metrics_of(image_ranks, "image_to_text"), **metrics_of(text_ranks, "text_to_image")}, abs=1e-12
+        {
+            **metrics_of(image_ranks, "image_to_text"),
+            **metrics_of(text_ranks, "text_to_image"),
+            "image_to_text_map": reference_map(images, texts, image_ids, text_ids),
+            "text_to_image_map": reference_map(texts, images, text_ids, image_ids),
+        },
+        abs=1e-12,
     )
 
 
@@ -209,6 +230,15 @@ def test_recall_cuts_at_1_5_and_10():
     # For a caption all images tie, so that each has all others before it.
     assert metrics["text_to_image_recall@10"] == 0
     assert metrics["text_to_image_mrr"] == pytest.approx(1 / 12)
+
+
+def test_average_precision_counts_every_match():
+    # The captions of the image, 0 and 1, are at ranks 1 and 4: (1 / 1 + 2 / 4) / 2.
+    texts = torch.eye(4)
+    images = torch.stack([F.normalize(torch.tensor([0.9, 0.1, 0.5, 0.4]), dim=0), texts[2], texts[3]])
+    metrics = retrieval_metrics(images, texts, torch.tensor([0, 1, 2]), torch.tensor([0, 0, 1, 2]))
+    assert metrics["image_to_text_map"] == pytest.approx((0.75 + 1 + 1) / 3)
+    assert metrics["image_to_text_mrr"] == 1
 
 
 def test_a_perfect_model_has_full_recall():

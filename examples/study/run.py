@@ -17,6 +17,7 @@ To choose options, `--tune --seeds 10,11` shows the first two phases and other h
 
 import argparse
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ import threading
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,8 @@ import tables  # noqa: E402
 from hf_modx.files import read_json, write_json  # noqa: E402
 
 STREAMS = "domain,class,instance"
+LOG = "log.txt"
+INTERRUPTED = 130
 BASE = "frozen"
 """The recipe that only trains the base: it runs first, so that the others find the base in the cache."""
 
@@ -85,6 +89,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         if not options.tables_only:
             carry_out(runs, options)
+    except KeyboardInterrupt:
+        print("Interrupted: run the same command again to go on.", flush=True)
+        return INTERRUPTED
     finally:
         tables.write(options.output_dir, figures=True, cards=True)
     print((options.output_dir / "tables.md").read_text(encoding="utf-8"))
@@ -168,10 +175,12 @@ def flags_of(
 
 
 def refuse_other_settings(runs: Sequence[Run]) -> None:
-    """A folder with runs of other settings is not gone on with: the table would mix them."""
+    """A folder with runs of other settings is not gone on with: the table would mix them. One that failed before it
+    began may be corrected."""
     for run in runs:
         before = read_json(run.folder / tables.STUDY)
-        if before is not None and before["flags"] != list(run.flags):
+        has_begun = (run.folder / "run.json").exists()
+        if before is not None and has_begun and before["flags"] != list(run.flags):
             changed = sorted(set(before["flags"]) ^ set(run.flags))
             raise SystemExit(
                 f"{run.folder} holds a run with other settings ({', '.join(changed)}). Choose another --output_dir, "
@@ -184,6 +193,7 @@ def refuse_other_settings(runs: Sequence[Run]) -> None:
 
 def carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Bases first, then the rest; tables are written whenever a run has ended."""
+    logging.basicConfig(format="%(message)s")  # before a run in this process ties it to its own log
     unfinished = [run for run in runs if not tables.is_finished(run.folder)]
     bases = [run for run in unfinished if run.recipe == BASE]
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
@@ -246,12 +256,16 @@ class Workers:
     def _here(run: Run) -> str | None:
         import continual_clip  # takes seconds, which the processes of several jobs spend anyway
 
-        try:
-            continual_clip.main(run.argv)
-        except (Exception, SystemExit) as error:
-            (run.folder / "log.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            return f"{type(error).__name__}: {error}"
-        return None
+        with open(run.folder / LOG, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+            try:
+                continual_clip.main(run.argv)
+            except SystemExit as error:
+                print(error.code if isinstance(error.code, str) else "", file=log)
+            except Exception:
+                traceback.print_exc(file=log)
+            else:
+                return None
+        return last_words(run.folder / LOG, status=1)
 
     def _apart(self, run: Run) -> str | None:
         environment = {
@@ -260,12 +274,14 @@ class Workers:
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
         command = [sys.executable, str(STUDY.parent / "continual_clip.py"), *run.argv]
-        with open(run.folder / "log.txt", "w", encoding="utf-8") as log:
+        with open(run.folder / LOG, "w", encoding="utf-8") as log:
             process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
             self.live.add(process)
             status = process.wait()
             self.live.discard(process)
-        return None if status == 0 else last_words(run.folder / "log.txt", status)
+        if status == -signal.SIGTERM:  # whoever ends the jobs may tell them before this process
+            self.stopped.set()
+        return None if status == 0 else last_words(run.folder / LOG, status)
 
 
 def last_words(log: Path, status: int) -> str:

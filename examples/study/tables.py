@@ -23,6 +23,13 @@ METRIC = "image_to_text_recall@1"
 METRICS = (METRIC, "image_to_text_recall@5", "image_to_text_mrr", "text_to_image_recall@1")
 REFERENCE, BOUND = "finetune", "joint"
 
+EXTRA = {
+    "ReferenceDistillation": "{images_per_step} reference images a step ({image_source})",
+    "IncCLIP": "a text made for each stored pair, and embedded with it",
+    "EWC": "gradients of {batches} batches a phase",
+}
+"""What a callback takes that is no replayed pair and no pass of the teacher over the batch."""
+
 # Quantile 0.975 of Student's t for 1, 2, ... degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -114,7 +121,8 @@ def state(run: Path) -> str:
         return "finished"
     if (reason := failure(run)) is not None:
         return f"failed: {reason}"
-    return "unfinished: {} of {} phases".format(*progress(run))
+    done, of = progress(run)
+    return f"unfinished: {done} of {of} phases" if of else "unfinished: no phase yet"
 
 
 # ---- What they say ----
@@ -170,9 +178,13 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
         found["gap_to_joint"] = paired(joint["last"], own["last"])
     if finetune is None:
         return found
+    shared = own["last"]["by_seed"].keys() & finetune["last"]["by_seed"].keys()
+    if not shared:
+        return found
     found["last_less_finetune"] = paired(own["last"], finetune["last"])
-    found["relative_plasticity"] = ratio(own["plasticity"]["mean"], finetune["plasticity"]["mean"])
-    lost = paired(finetune["reached"], finetune["last"])
+    learned = (mean(part["plasticity"]["by_seed"][seed] for seed in shared) for part in (own, finetune))
+    found["relative_plasticity"] = ratio(*learned)
+    lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
     gained = found["last_less_finetune"]
     if lost["error"] is not None and gained["mean"] is not None and lost["mean"] >= 3 * lost["error"] > 0:
         found["forgetting_removed"] = gained["mean"] / lost["mean"]
@@ -211,25 +223,34 @@ def ratio(one: float | None, other: float | None) -> float | None:
 
 
 def costs(cell: Cell) -> dict[str, str]:
-    """A run's price beside the student's own pairs, which are the same for all but joint."""
+    """What a recipe takes beside the student's own pairs, as many a step for all. Where every phase starts from the
+    base, as joint's do, the steps are those to the last model."""
     training, parts = cell.results["training"], read_json(cell.folder / "run.json")["identity"]
+    options = parts["recipe_args"]
+    if all(record["starts_from"] == 0 for record in training):
+        training = training[-1:]
     steps = sum(record["steps"] for record in training)
     seconds = sum(record["train_runtime"] or 0 for record in training)
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
-    live = [getattr(callbacks, name) for name in parts["recipe_args"] if hasattr(callbacks, name)]
-    reference = parts["recipe_args"].get("ReferenceDistillation")
+    live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
+    extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),
         "ms a step": f"{1000 * seconds / steps:.0f}" if steps else "0",
         "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
         "stored pairs": f"{stored:,}",
-        "extra data": f"{reference['images_per_step']} reference images a step, of the base" if reference else "none",
-        "rows the old model has right": f"{100 * mean(kept):.0f} %" if kept else "not asked",
+        "extra data and passes": ", ".join(extra) or "none",
+        "rows distilled": f"{100 * mean(kept):.0f} %" if kept else "not counted",
     }
 
 
 # ---- Tables ----
+
+
+def has_collapsed(results: Mapping[str, Any]) -> bool:
+    """Chance alone would find some."""
+    return not any(results["matrix"]["image_to_text_recall@10"][-1])
 
 
 def chapter(cells: Sequence[Cell]) -> str:
@@ -243,16 +264,26 @@ def chapter(cells: Sequence[Cell]) -> str:
     if unfinished:
         lines += ["Not in these tables:", ""]
         lines += [f"- {cell.recipe}, seed {cell.seed}: {cell.state}" for cell in unfinished]
+    collapsed = [cell for cell in cells if cell.results is not None and has_collapsed(cell.results)]
+    if collapsed:
+        lines += [
+            "",
+            "At the end no image finds its caption among the first ten, diverged or collapsed to one point:",
+            "",
+        ]
+        lines += [f"- {cell.recipe}, seed {cell.seed}" for cell in collapsed]
     return "\n".join([*lines, ""])
 
 
 def setting(cell: Cell) -> str:
     record, results = read_json(cell.folder / "run.json"), cell.results
+    validation = "--demo_validation" in read_json(cell.folder / STUDY)["flags"]
     hyper = record["identity"]["hyperparameters"]
     tests = ", ".join(f"{name} {n} ({100 / n:.2f})" for name, n in results["test_pairs"].items())
     phases = ", ".join(f"{phase['name']} {phase['rows']:,}" for phase in record["identity"]["phases"])
     device = next((r["environment"]["device"] for r in results["training"]), "unknown")
     return (
+        f"{'Validation drawings in the place of the tests. ' if validation else ''}"
         f"Pairs to learn: {phases}. Gallery sizes of the tests (recall@1 by chance, percent): {tests}. "
         f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
         f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps. Device: {device}."
@@ -369,7 +400,7 @@ COLOURS = (
     "#882255",
     "#44AA99",
 )
-MARKERS = "osD^vP*X<>"
+MARKERS = "osD^vPX"  # another number than of colours: their pairs repeat late
 
 
 def draw(streams: Mapping[str, Sequence[Cell]], found: Mapping[str, Mapping], folder: Path) -> None:

@@ -13,6 +13,7 @@ from .l2sp import L2SP
 from .logit_scale import LogitScaleClamp
 from .lwf import LwF
 from .modx import ModX
+from .projected_distillation import ProjectedDistillation
 from .reference_distillation import ReferenceDistillation
 from .replay import ExperienceReplay, replay_of
 from .weight_ensemble import WeightEnsemble
@@ -40,6 +41,7 @@ __all__ = [
     "LwF",
     "ModX",
     "PhaseBoundary",
+    "ProjectedDistillation",
     "ReferenceDistillation",
     "WeightEnsemble",
     "WeightNormClip",

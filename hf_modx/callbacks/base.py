@@ -43,8 +43,8 @@ class LossContext:
         epoch: the epoch, with fraction.
         shard: the rows that this process computes of the losses in `hf_modx.losses`, passed on to them; a loss
             without it is computed whole on every process, which is as exact. None: there is nothing to share.
-        phase_start: the trainable weights at the start of the phase by parameter name, detached and never changed;
-            empty unless some callback of the recipe needs them.
+        phase_start: the `trained_weights` at the start of the phase by name, detached and never changed; empty unless
+            some callback of the recipe needs them. Without an adapter these are the trainable parameters.
         stored: of the R replayed rows the (R, D) image and (R, D) text embeddings that are stored with them, in their
             order; None where there are none.
         extra: the embeddings of the extra inputs of the callback that is asked; None where it has none.
@@ -73,7 +73,7 @@ class BatchGradient(NamedTuple):
 
     Attributes:
         pairs: N, the pairs of the batch on all processes.
-        gradient: by the names of the trainable weights; those that the loss does not reach are left out.
+        gradient: by the names of the `trained_weights`; those that the loss does not reach are left out.
     """
 
     pairs: int
@@ -90,7 +90,7 @@ class PhaseBoundary:
         phase_start: see `LossContext`.
         train_dataset: the pairs of the phase.
         memory: the earlier pairs that are replayed; None where there are none.
-        collator: its `pixel_values(images)` and `tokens(captions)` preprocess as evaluation does, without
+        collator: its `pixels(images)` and `tokens(captions)` preprocess as evaluation does, without
             augmentation; None where a `data_collator` of the user's has taken its place.
         args: of the training.
         autocast: makes the context in which the training runs the model.
@@ -122,6 +122,7 @@ class LossCallback(TrainerCallback):
         owns_contrastive: the callback brings the contrastive term. A recipe has exactly one owner.
         yields_contrastive: where recipes are combined by name, it leaves the contrastive term to another owner.
         owns_weights: the callback decides at the end of a phase which weights the phase leaves. At most one does.
+        needs_merge: the weights it leaves are no adapter's: of an adapter that is trained, it leaves them in the base.
         trains: False trains nothing at all.
         trains_on: "phase", or "all_phases_so_far" to train on the union of all data up to this phase.
         starts_from: "previous" phase's weights, or "base": the weights before the first phase, trained for the summed
@@ -136,6 +137,7 @@ class LossCallback(TrainerCallback):
     owns_contrastive: bool = False
     yields_contrastive: bool = False
     owns_weights: bool = False
+    needs_merge: bool = False
     trains: bool = True
     trains_on: str = "phase"
     starts_from: str = "previous"
@@ -162,8 +164,18 @@ class LossCallback(TrainerCallback):
         empty on one process and not on another.
 
         Returns:
-            `pixel_values` (e, C, H, W), or `input_ids` and `attention_mask` (t, T), or both; empty for nothing. With
-            `token_embeds` (t, T, H) the texts are given as token embeddings, and their ids say where they end.
+            `image_inputs` of e images, as the collator's `pixels` gives them, or `text_inputs` of t texts, as its
+            `tokens` does, or both; empty for nothing. With `token_embeds` (t, T, H) the texts are given as token
+            embeddings, and their ids say where they end.
+        """
+        return {}
+
+    def modules(self) -> Mapping[str, nn.Module]:
+        """What is trained along with the model, by name, for instance a projector that a term of the loss needs.
+
+        Made in `start_phase`, the same on every process. Their parameters join the optimizer at its learning rate,
+        their gradients are averaged over processes and clipped with the model's, and their weights are saved in the
+        checkpoints inside a phase, but never with the model that a phase leaves.
         """
         return {}
 
@@ -206,6 +218,11 @@ def unpack_states(callbacks: Sequence[LossCallback], packed: Mapping[str, Tensor
         prefix = _prefix(index, callback)
         own = {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}
         callback.load_state_dict(own)
+
+
+def module_prefix(index: int, callback: LossCallback) -> str:
+    """What the names of a callback's modules begin with in a checkpoint."""
+    return f"{_prefix(index, callback)}modules."
 
 
 def _prefix(index: int, callback: LossCallback) -> str:

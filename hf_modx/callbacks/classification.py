@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data import as_captions
 from ..embeddings import PairEmbeddings
+from ..prompts import TEMPLATES, check_templates, class_prompts
 from .base import LossCallback, LossContext, PhaseBoundary
 from .reference import own_share
 
@@ -60,13 +61,15 @@ class Classification(LossCallback):
                 "The batch has an image of a class that is not of this phase: replay captions, not classes."
             )
         logits = student.logit_scale * student.image @ context.extra.text.T
+        if student.logit_bias is not None:  # changes no probability, and distributed training wants it used
+            logits = logits + student.logit_bias
         return {"classification": F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)}
 
 
 def class_pairs(
     dataset: Dataset,
     label_column: str,
-    templates: Sequence[str] = ("a photo of a {}.",),
+    templates: Sequence[str] = TEMPLATES,
     *,
     class_names: Sequence[str] | None = None,
     caption_column: str = "caption",
@@ -88,12 +91,10 @@ def class_pairs(
     feature = dataset.features[label_column]
     if class_names is None and not isinstance(feature, ClassLabel):
         raise ValueError(f"Column {label_column!r} has no class names: give class_names, or cast it to a ClassLabel.")
-    without_place = [template for template in templates if "{}" not in template]
-    if without_place or not templates:
-        raise ValueError(f"A template needs a place {{}} for the class's name; got {list(templates)}.")
+    check_templates(templates)
     names = list(class_names) if class_names is not None else feature.names
     labels = dataset.with_format(None)[label_column]
-    captions = [[template.replace("{}", names[label]) for template in templates] for label in labels]
+    captions = [class_prompts(names[label], templates) for label in labels]
     replaced = {caption_column, pair_id_column} & set(dataset.column_names)
     dataset = dataset.remove_columns(sorted(replaced))
     return dataset.add_column(caption_column, captions).add_column(pair_id_column, [int(label) for label in labels])

@@ -3,12 +3,28 @@
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
-from ..losses import info_nce
+from ..losses import Shard, info_nce, sigmoid_loss
 from .base import LossCallback, LossContext
 
 
+def contrastive_loss(
+    pairs: PairEmbeddings,
+    *,
+    pair_ids: Tensor,
+    extra_text_embeds: Tensor | None = None,
+    chunk_size: int | None = None,
+    shard: Shard | None = None,
+) -> Tensor:
+    """The loss that the model is made for: the sigmoid loss where it has a `logit_bias`, InfoNCE elsewhere."""
+    options = {"pair_ids": pair_ids, "extra_text_embeds": extra_text_embeds, "chunk_size": chunk_size, "shard": shard}
+    if pairs.logit_bias is None:
+        return info_nce(pairs.image, pairs.text, pairs.logit_scale, **options)
+    return sigmoid_loss(pairs.image, pairs.text, pairs.logit_scale, pairs.logit_bias, **options)
+
+
 class Contrastive(LossCallback):
-    """Symmetric InfoNCE over the global batch: plain fine-tuning, and the base of every combination.
+    """Symmetric InfoNCE over the global batch, or the sigmoid loss of models that are made for it: plain fine-tuning,
+    and the base of every combination.
 
     Args:
         chunk_size: rows of the similarity matrix held at once; None chooses.
@@ -23,14 +39,7 @@ class Contrastive(LossCallback):
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
-        loss = info_nce(
-            student.image,
-            student.text,
-            student.logit_scale,
-            pair_ids=context.pair_ids,
-            chunk_size=self.chunk_size,
-            shard=context.shard,
-        )
+        loss = contrastive_loss(student, pair_ids=context.pair_ids, chunk_size=self.chunk_size, shard=context.shard)
         return {"contrastive": loss}
 
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
-from ..losses import info_nce
+from ..trained_weights import trained_weights
 from .base import LossCallback, LossContext, PhaseBoundary
+from .contrastive import contrastive_loss
 
 
 class EWC(LossCallback):
@@ -15,9 +16,12 @@ class EWC(LossCallback):
     for all phases: Schwarz et al., "Progress & Compress", ICML 2018).
 
     At the end of phase k `F <- gamma F + F_k`, with F_k the diagonal Fisher information of the contrastive loss over
-    batches b of N pairs, `F_k = mean_b N (d InfoNCE_b / d theta)^2`: the gradient of a mean over N pairs has an N-th
+    batches b of N pairs, `F_k = mean_b N (d L_b / d theta)^2`: the gradient of a mean over N pairs has an N-th
     of the variance of one pair's. (A contrastive loss is no sum over pairs, so there are no gradients of single ones
     to take it from: the formula is our reading.) It is taken at the weights that the phase leaves.
+
+    With a LoRA adapter theta are the weights with its change added, and F_k is taken with respect to those: what the
+    factors of one adapter are worth says nothing of the next one's.
 
     Where the stream has a base, its Fisher matrix protects it in the first phase; otherwise the first phase is plain
     fine-tuning.
@@ -51,12 +55,11 @@ class EWC(LossCallback):
     ) -> dict[str, Tensor]:
         if not self._fisher:
             return {}
-        now = dict(context.model.named_parameters())
         penalty = torch.zeros((), device=student.image.device)
-        for name, start in context.phase_start.items():
+        for name, weight in trained_weights(context.model).items():
             if name in self._fisher:
-                self._fisher[name] = self._fisher[name].to(start.device)
-                penalty = penalty + (self._fisher[name] * (now[name] - start).square()).sum()
+                self._fisher[name] = self._fisher[name].to(weight.device)
+                penalty = penalty + (self._fisher[name] * (weight - context.phase_start[name]).square()).sum()
         return {"ewc": self.weight / 2 * penalty}
 
     def finish_phase(self, phase: PhaseBoundary) -> None:
@@ -77,9 +80,7 @@ def _fisher(phase: PhaseBoundary, batches: int) -> dict[str, Tensor]:
     """The diagonal Fisher information of the contrastive loss by the names of the weights."""
 
     def contrastive(student: PairEmbeddings, context: LossContext) -> Tensor:
-        return info_nce(
-            student.image, student.text, student.logit_scale, pair_ids=context.pair_ids, shard=context.shard
-        )
+        return contrastive_loss(student, pair_ids=context.pair_ids, shard=context.shard)
 
     total: dict[str, Tensor] = {}
     count = 0

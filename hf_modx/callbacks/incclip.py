@@ -10,10 +10,11 @@ from torch import Tensor
 from ..data import PairDataset
 from ..distributed import process_index, world_size
 from ..embeddings import PairEmbeddings
-from ..losses import affinity_distillation, info_nce
+from ..losses import affinity_distillation
 from ..pseudo_texts import Inversion, PseudoTexts, PseudoTextSearch
 from ..replay import Replay
 from .base import LossCallback, LossContext, PhaseBoundary
+from .contrastive import contrastive_loss
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ class IncCLIP(LossCallback):
     InfoNCE is symmetric over the whole batch; the pseudo texts are further negatives in its image-to-text
     denominators and nothing else. The distillation runs over the replayed pairs i: p_i is the softmax of the scaled
     cosines of image i and all texts, pseudo texts among them, q_i that of text i and all images, p' and q' are the
-    old model's, each model with its own logit scale.
+    old model's, each model with its own logit scale. A model that is made for the sigmoid loss has that in the place
+    of InfoNCE, with the pseudo texts as negatives of every image.
 
     A pseudo text is left out of a batch in which the pair is that its search started from: it would be a false
     negative there. So is, for good, one that missed its band or rewords the caption of its own image.
@@ -127,7 +129,7 @@ class IncCLIP(LossCallback):
         if self.refresh_every is not None:
             self._make_texts(context.step // self.refresh_every)
         rows = self._rows(context).tensor_split(world_size())[process_index()]
-        inputs = {"input_ids": self._texts.input_ids[rows], "attention_mask": self._texts.attention_mask[rows]}
+        inputs = {name: tensor[rows] for name, tensor in self._texts.tokens().items()}
         if self.texts == "generated":
             inputs["token_embeds"] = self._texts.token_embeds[rows]
         return inputs
@@ -172,7 +174,7 @@ class IncCLIP(LossCallback):
             rows = self._rows(context)
             new_texts, old_texts = context.extra.text, self._texts.text_embeds[rows].to(teacher.text)
             context.report("pseudo_texts", torch.tensor(float(len(rows))))
-        contrastive = info_nce(student.image, student.text, student.logit_scale, extra_text_embeds=new_texts, **shared)
+        contrastive = contrastive_loss(student, extra_text_embeds=new_texts, **shared)
         if not context.is_replay.any():
             return {"contrastive": contrastive}
         distillation = affinity_distillation(

@@ -3,11 +3,13 @@
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
+from ..trained_weights import trained_weights
 from .base import LossCallback, LossContext
 
 
 class L2SP(LossCallback):
-    """`weight * sum_i (theta_i - theta0_i)^2` over all trainable weights, theta0 being those at the phase's start.
+    """`weight * sum_i (theta_i - theta0_i)^2` over all trained weights, theta0 being those at the phase's start. Of a
+    LoRA adapter that is the squared norm of the change that it makes.
 
     L2-SP (Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", ICML 2018) without
     its factor of one half; with a weight of 1 it is the weight consolidation of ZSCL as in the authors' code.
@@ -28,6 +30,6 @@ class L2SP(LossCallback):
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
-        now = dict(context.model.named_parameters())
-        distances = ((now[name] - start).square().sum() for name, start in context.phase_start.items())
+        now, start = trained_weights(context.model), context.phase_start
+        distances = ((weight - start[name]).square().sum() for name, weight in now.items())
         return {"l2sp": self.weight * sum(distances)}

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
-from ..losses import affinity_distillation, info_nce, modx_loss
+from ..losses import affinity_distillation, modx_loss
 from .base import LossCallback, LossContext
+from .contrastive import contrastive_loss
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ class ModX(LossCallback):
         alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size.
         distill_scale: factor on the cosines inside the distillation softmax (1.0 in the authors' code).
         reduction: "sum" (the authors' code) or "mean" over the rows of the global batch.
-        contrastive: also bring InfoNCE. False beside another owner of the contrastive term.
+        contrastive: also bring the model's own contrastive loss: InfoNCE, or the sigmoid loss of a model made for it,
+            which takes a pass of its own over the similarity matrix. False beside another owner of the term.
         screen: False distils every row, also those that the old model has wrong: the recipe "kl". Two passes over the
             similarity matrix instead of one.
         chunk_size: rows of the similarity matrices held at once; None chooses.
@@ -60,14 +62,14 @@ class ModX(LossCallback):
         embeds = (student.image, student.text, teacher.image, teacher.text)
         rows = {"pair_ids": context.pair_ids, "chunk_size": self.chunk_size, "shard": context.shard}
         distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
-        if self.owns_contrastive and self.screen:
+        if self.owns_contrastive and self.screen and student.logit_bias is None:
             result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **distillation, **rows)
             terms = {"contrastive": result.contrastive, "modx_distillation": self.alpha * result.distillation}
         else:
             result = affinity_distillation(*embeds, screen=self.screen, **distillation, **rows)
             terms = {"modx_distillation": self.alpha * result.loss}
             if self.owns_contrastive:
-                terms["contrastive"] = info_nce(student.image, student.text, student.logit_scale, **rows)
+                terms["contrastive"] = contrastive_loss(student, **rows)
         context.report("image_rows_kept", result.image_rows_kept)
         context.report("text_rows_kept", result.text_rows_kept)
         self._kept = self._kept + (result.image_rows_kept + result.text_rows_kept).detach() / 2

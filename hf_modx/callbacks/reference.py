@@ -1,15 +1,12 @@
 """Reference images and texts: what a frozen teacher is asked about while the student learns something else."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,25 +14,7 @@ from ..data import PairCollator, as_captions
 from ..distributed import all_gather_rows, on_each_process, process_index, world_size
 from ..embeddings import embed_images, embed_texts
 from ..images import to_rgb
-
-
-def load_reference(source: Dataset | str | os.PathLike, split: str) -> Dataset:
-    """A table from a folder written by `save_to_disk`, a parquet file, or whatever `load_dataset` takes by name.
-
-    Args:
-        source: the table itself, a path, or a name.
-        split: of a source that has several; may be cut, as in "train[:10000]".
-    """
-    if isinstance(source, Dataset):
-        return source
-    path = Path(source)
-    if (path / "dataset_info.json").exists():
-        return load_from_disk(str(path))
-    if (path / "dataset_dict.json").exists():
-        return load_from_disk(str(path))[split]
-    if path.suffix == ".parquet":
-        return load_dataset("parquet", data_files=str(path), split=split)
-    return load_dataset(str(source), split=split)
+from ..load_data import with_images
 
 
 def reference_images(table: Dataset, column: str) -> Dataset:
@@ -44,10 +23,7 @@ def reference_images(table: Dataset, column: str) -> Dataset:
     Raises:
         ValueError: there is no such column.
     """
-    table = _column(table, column)
-    if isinstance(table.features[column], datasets.Image):
-        return table
-    return table.cast_column(column, datasets.Image())
+    return with_images(_column(table, column), column)
 
 
 def reference_texts(table: Dataset, column: str) -> list[str]:
@@ -100,14 +76,14 @@ def own_share(number: int) -> slice:
     return slice(number * rank // processes, number * (rank + 1) // processes)
 
 
-def pixel_values(
+def reference_pixels(
     images: Dataset,
     rows: Callable[[int], Sequence[int]],
     items: range,
     collator: PairCollator,
     num_workers: int,
-) -> Iterator[Tensor]:
-    """Of each item k the preprocessed images `rows(k)`, (R, C, H, W); (0,) for none."""
+) -> Iterator[dict[str, Tensor]]:
+    """Of each item k the preprocessed images `rows(k)`; empty for none."""
     loader = DataLoader(
         _Pictures(images, rows, collator),
         batch_size=None,
@@ -124,12 +100,12 @@ class _Pictures(torch.utils.data.Dataset):
         self.rows = rows
         self.collator = collator
 
-    def __getitem__(self, item: int) -> Tensor:
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
         rows = list(self.rows(item))
         if not rows:
-            return torch.empty(0)
+            return {}
         (column,) = self.images.column_names
-        return self.collator.pixel_values([to_rgb(image) for image in self.images[rows][column]])
+        return self.collator.pixels([to_rgb(image) for image in self.images[rows][column]])
 
 
 @torch.no_grad()
@@ -153,24 +129,28 @@ def embed_references(
     model.eval()
 
     def of_images(batches: list[range]) -> Iterator[Tensor]:
-        pictures = pixel_values(images, batches.__getitem__, range(len(batches)), collator, num_workers)
+        pictures = reference_pixels(images, batches.__getitem__, range(len(batches)), collator, num_workers)
         for pixels in pictures:
             with autocast():
-                yield embed_images(model, pixels.to(device))
+                yield embed_images(model, **_on(device, pixels))
 
     def of_texts(batches: list[range]) -> Iterator[Tensor]:
         for batch in batches:
             tokens = collator.tokens([texts[place] for place in batch])
             with autocast():
-                yield embed_texts(model, tokens["input_ids"].to(device), tokens["attention_mask"].to(device))
+                yield embed_texts(model, **_on(device, tokens))
 
     tables = {
         "image": _embed_together(len(images), batch_size, of_images),
         "text": _embed_together(len(texts), batch_size, of_texts),
-        "logit_scale": model.logit_scale.detach().exp().float().cpu(),
+        "logit_scale": model.logit_scale.detach().exp().float().cpu().reshape(()),
     }
     model.train(was_training)
     return tables
+
+
+def _on(device: torch.device | str, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _embed_together(number: int, batch_size: int, embed: Callable[[list[range]], Iterator[Tensor]]) -> Tensor:

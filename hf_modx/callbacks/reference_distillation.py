@@ -9,10 +9,11 @@ from transformers import AutoModel, AutoProcessor
 
 from ..data import PairCollator
 from ..embeddings import PairEmbeddings, check_dual_encoder
+from ..load_data import load_table
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
 from .base import LossCallback, LossContext, PhaseBoundary
-from .reference import Draw, embed_references, load_reference, pixel_values, reference_images, reference_texts
+from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts
 
 IMAGES, TEXTS = 1, 2  # set the draws apart from each other and from those of the training data
 
@@ -91,18 +92,18 @@ class ReferenceDistillation(LossCallback):
         self._images: Dataset | None = None
         self._texts: list[str] | None = None
         if images is not None:
-            table = load_reference(images, image_split)
+            table = load_table(images, image_split)
             self._images = reference_images(table, image_column)
             self.image_source = content_fingerprint(self._images)
             texts = table if texts is None else texts
         if texts is not None:
-            table = load_reference(texts, text_split)
+            table = load_table(texts, text_split)
             self._texts = reference_texts(table, text_column)
             self.text_source = content_fingerprint(table.select_columns([text_column]))
         self._base: Dataset | None = None
         self._tables: dict[str, Tensor] = {}
         self._pictures = None
-        self._pixels = torch.empty(0)
+        self._pixels: dict[str, Tensor] = {}
 
     # ---- The data ----
 
@@ -138,7 +139,7 @@ class ReferenceDistillation(LossCallback):
         if self.teacher not in ("initial", "previous"):
             model = AutoModel.from_pretrained(self.teacher, dtype=torch.float32).to(phase.args.device)
             check_dual_encoder(model)
-            collator = PairCollator(AutoProcessor.from_pretrained(self.teacher))
+            collator = PairCollator.for_model(model, AutoProcessor.from_pretrained(self.teacher))
         return embed_references(
             model,
             self._images,
@@ -155,13 +156,13 @@ class ReferenceDistillation(LossCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         steps = range(state.global_step, state.max_steps)
         workers = args.dataloader_num_workers
-        self._pictures = pixel_values(self._images, self._drawn_images.own, steps, self._collator, workers)
+        self._pictures = reference_pixels(self._images, self._drawn_images.own, steps, self._collator, workers)
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._pixels = next(self._pictures)
 
     def extra_inputs(self, context: LossContext) -> dict[str, Tensor]:
-        inputs = {"pixel_values": self._pixels} if len(self._pixels) else {}
+        inputs = dict(self._pixels)
         if self.distill_text_tower:
             own = self._drawn_texts.own(context.step)
             inputs |= self._collator.tokens([self._texts[place] for place in own]) if len(own) else {}

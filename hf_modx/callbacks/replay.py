@@ -21,8 +21,8 @@ class ExperienceReplay(Contrastive):
     Args:
         memory_size: a number of pairs, or a share of all pairs; see `Replay`.
         batch_share: share of every contrastive batch that comes from the memory, in (0, 1).
-        contrastive: also bring InfoNCE. False beside another owner of the contrastive term, for instance Mod-X, whose
-            loss then sees the replayed pairs too.
+        contrastive: also bring the contrastive term. False beside another owner of it, for instance Mod-X, whose loss
+            then sees the replayed pairs too.
         chunk_size: rows of the similarity matrix held at once; None chooses.
     """
 

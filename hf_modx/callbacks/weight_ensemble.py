@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..trained_weights import set_trained_weights, trained_weights
 from .base import LossCallback, PhaseBoundary
 
 
@@ -16,6 +17,9 @@ class WeightEnsemble(LossCallback):
     weights as they are, and an evaluation in the middle of a phase sees those; the mean is what is saved, evaluated
     and learned on from at its end.
 
+    With a LoRA adapter the mean is over the weights with its change added. No adapter of its rank holds that: the mean
+    is left in the base, and the adapter becomes zero.
+
     Args:
         every: optimizer steps between two that join, >= 1. 100 in the authors' code for 1,000 steps a phase, 10 in
             their class-incremental one.
@@ -25,6 +29,7 @@ class WeightEnsemble(LossCallback):
     """
 
     owns_weights = True
+    needs_merge = True
 
     def __init__(self, every: int = 100):
         if every < 1:
@@ -39,7 +44,7 @@ class WeightEnsemble(LossCallback):
             raise ValueError(
                 "WeightEnsemble leaves a mean of weights, not the best ones: unset load_best_model_at_end."
             )
-        self._mean = {name: weight.detach().clone() for name, weight in _trainable(phase.model).items()}
+        self._mean = {name: weight.detach().clone() for name, weight in trained_weights(phase.model).items()}
         self._joined = 0
 
     @torch.no_grad()
@@ -47,15 +52,13 @@ class WeightEnsemble(LossCallback):
         if (state.global_step - 1) % self.every != 0:
             return
         self._joined += 1
-        for name, weight in _trainable(model).items():
+        for name, weight in trained_weights(model).items():
             mean = self._mean[name].to(weight.device)
             self._mean[name] = (self._joined * mean + weight) / (self._joined + 1)
 
     @torch.no_grad()
     def finish_phase(self, phase: PhaseBoundary) -> None:
-        weights = dict(phase.model.named_parameters())
-        for name, mean in self._mean.items():
-            weights[name].copy_(mean)
+        set_trained_weights(phase.model, self._mean)
         self._mean = {}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -64,7 +67,3 @@ class WeightEnsemble(LossCallback):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._mean = dict(state)
         self._joined = int(self._mean.pop("joined", 0))
-
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}

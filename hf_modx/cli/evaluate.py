@@ -20,7 +20,6 @@ from torch import nn
 from ..card_metadata import metric_name
 from ..data import PairCollator, PairDataset
 from ..demo_streams import DEMO_STREAMS
-from ..embeddings import longest_caption
 from ..evaluation import encode_pairs, retrieval_metrics
 from ..files import write_json
 from ..load_data import at_most, load_splits
@@ -93,7 +92,7 @@ def tests_of(options: argparse.Namespace) -> dict[str, Dataset]:
 
 
 def retrieval(model: nn.Module, processor: Any, test: PairDataset, batch_size: int, device: Any) -> dict[str, float]:
-    collator = PairCollator(processor, max_length=longest_caption(model, processor.tokenizer))
+    collator = PairCollator.for_model(model, processor)
     encoded = encode_pairs(model, test, collator, batch_size=batch_size, device=device)
     return retrieval_metrics(encoded.image, encoded.text, encoded.image_ids, encoded.text_ids, sharded=True)
 

@@ -1,18 +1,20 @@
 """Embedding a whole test set, sharded over processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction
 
 from ..data import PairCollator, PairDataset
-from ..distributed import all_gather_rows, world_size
-from ..embeddings import embed_images, embed_texts
+from ..distributed import all_gather_rows, process_index, world_size
+from ..embeddings import embed_images, embed_texts, image_inputs, text_inputs, vision_features
+from ..images import to_rgb
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class EncodedPairs:
     image_ids: Tensor
     text_ids: Tensor
     text_rows: Tensor
+
+    @classmethod
+    def of_pairs(cls, image: Tensor, text: Tensor) -> "EncodedPairs":
+        """N images with one caption each, (N, D) and (N, D)."""
+        numbers = torch.arange(len(image), device=image.device)
+        return cls(image, text, numbers, numbers, numbers)
 
     def first_captions(self) -> Tensor:
         """(N,) indices into `text`: the first caption of each row."""
@@ -75,11 +83,8 @@ def encode_pairs(
     shards: dict[str, list[Tensor]] = {name: [] for name in ("image", "text", "rows", "ids", "text_rows", "text_ids")}
     for batch in loader:
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        shards["image"].append(embed_images(dual_encoder, batch.pop("pixel_values")))
-        texts = [
-            embed_texts(dual_encoder, batch["input_ids"][at : at + batch_size], mask)
-            for at, mask in _slices(batch.pop("attention_mask"), batch_size)
-        ]
+        shards["image"].append(embed_images(dual_encoder, **image_inputs(batch)))
+        texts = [embed_texts(dual_encoder, **part) for part in _slices(text_inputs(batch), batch_size)]
         shards["text"].append(torch.cat(texts))
         for name in ("rows", "ids", "text_rows", "text_ids"):
             shards[name].append(batch[name])
@@ -94,15 +99,16 @@ def encode_pairs(
     )
 
 
-def _slices(tensor: Tensor, size: int) -> list[tuple[int, Tensor]]:
-    return [(start, tensor[start : start + size]) for start in range(0, len(tensor), size)]
+def _slices(inputs: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    starts = range(0, len(inputs["input_ids"]), size)
+    return [{name: tensor[at : at + size] for name, tensor in inputs.items()} for at in starts]
 
 
 class AllCaptions:
     """Collate with every caption of a row instead of one; no augmentation.
 
-    Returns, when called with N items of `PairDataset` that have C captions: `pixel_values` (N, ...), `input_ids` and
-    `attention_mask` (C, T), `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
+    Returns, when called with N items of `PairDataset` that have C captions: the collator's `pixels` of N images and
+    `tokens` of C captions, `rows` and `ids` (N,) of the images, `text_rows` and `text_ids` (C,) of the captions.
     """
 
     def __init__(self, collator: PairCollator):
@@ -111,10 +117,93 @@ class AllCaptions:
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         captions = [(caption, pair) for pair in pairs for caption in pair["captions"]]
         return {
-            "pixel_values": self.collator.pixel_values([pair["image"] for pair in pairs]),
+            **self.collator.pixels([pair["image"] for pair in pairs]),
             **self.collator.tokens([caption for caption, _ in captions]),
             "rows": torch.tensor([pair["row_id"] for pair in pairs]),
             "ids": torch.tensor([pair["pair_id"] for pair in pairs]),
             "text_rows": torch.tensor([pair["row_id"] for _, pair in captions]),
             "text_ids": torch.tensor([pair["pair_id"] for _, pair in captions]),
         }
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A dual encoder and how to feed it: what a test without captions needs. The work is shared by all processes, and
+    each gets the whole.
+
+    Attributes:
+        dual_encoder: unwrapped, in eval mode.
+        collator: gives what the two towers read.
+        batch_size: images or texts embedded at once.
+        num_workers: processes that decode images.
+        device: where the model is.
+    """
+
+    dual_encoder: nn.Module
+    collator: PairCollator
+    batch_size: int
+    num_workers: int = 0
+    device: torch.device | str = "cpu"
+
+    def image_embeds(self, images: Dataset) -> Tensor:
+        """(N, D), unit-norm, of a table whose only column are N images, in their order."""
+        return self._images(images, lambda **inputs: embed_images(self.dual_encoder, **inputs))
+
+    def vision_features(self, images: Dataset) -> Tensor:
+        """(N, H), what the vision tower says of N images before the projection into the common space: the features of
+        CLIP's linear probes (Radford et al., 2021, appendix A.3)."""
+        return self._images(images, lambda **inputs: vision_features(self.dual_encoder, **inputs))
+
+    def text_embeds(self, texts: Sequence[str]) -> Tensor:
+        """(M, D), unit-norm, of M texts."""
+
+        def embed(places: Sequence[int]) -> Iterator[Tensor]:
+            for start in range(0, len(places), self.batch_size):
+                tokens = self.collator.tokens([texts[place] for place in places[start : start + self.batch_size]])
+                yield embed_texts(self.dual_encoder, **{name: part.to(self.device) for name, part in tokens.items()})
+
+        return self._together(len(texts), embed)
+
+    def _images(self, images: Dataset, function: Callable[..., Tensor]) -> Tensor:
+        pictures = _Pictures(images)
+
+        def embed(places: Sequence[int]) -> Iterator[Tensor]:
+            loader = DataLoader(
+                Subset(pictures, places),
+                batch_size=self.batch_size,
+                collate_fn=self.collator.pixels,
+                num_workers=self.num_workers,
+                generator=torch.Generator(),  # its seed is drawn from the global one otherwise
+            )
+            for inputs in loader:
+                yield function(**{name: part.to(self.device) for name, part in inputs.items()})
+
+        return self._together(len(images), embed)
+
+    @torch.no_grad()
+    def _together(self, number: int, embed: Callable[[Sequence[int]], Iterator[Tensor]]) -> Tensor:
+        own = range(process_index(), number, world_size())
+        # A process without a share embeds one item, for the shape, and gives none.
+        rows = torch.cat(list(embed(own or range(1))))[: len(own)].float()
+        places = torch.tensor(own, dtype=torch.long, device=rows.device)
+        return all_gather_rows(rows)[all_gather_rows(places).argsort()]
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """The RGB images of a table of one column."""
+
+    def __init__(self, images: Dataset):
+        self.images = images.with_format(None)
+        (self.column,) = images.column_names
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: list[int]) -> list[Any]:
+        try:
+            return [to_rgb(image) for image in self.images[rows][self.column]]
+        except (OSError, SyntaxError, AttributeError) as error:
+            raise ValueError(f"An image among the rows {rows} is null or cannot be decoded: {error}") from error

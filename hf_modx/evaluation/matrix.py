@@ -1,9 +1,23 @@
 """The phase x test matrix and what it says about forgetting."""
 
+import csv
+import io
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import pandas
+
+START = "start"
+"""Name of the row before the first phase."""
+LATEX = str.maketrans(
+    {c: rf"\{c}" for c in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\n": " "}
+)
 
 
 class EvaluationMatrix:
@@ -97,22 +111,130 @@ class EvaluationMatrix:
         mean = _mean(self.at(j, test) for j in range(1, stop))
         return math.nan if mean is None else mean
 
+    # ---- Formats ----
+
     def to_lists(self) -> list[list[float | None]]:
         """The values as JSON takes them: None where not measured."""
         return [[None if math.isnan(value) else float(value) for value in row] for row in self.values]
 
+    def to_dict(self) -> dict[str, Any]:
+        """All of the matrix as JSON takes it; `from_dict` makes it again."""
+        return {
+            "phases": self.phases,
+            "tests": self.tests,
+            "values": self.to_lists(),
+            "learned_at": self.learned_at,
+            "has_initial_row": self.has_initial_row,
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "EvaluationMatrix":
+        """What `to_dict` has given.
+
+        Raises:
+            ValueError: a key is missing or not known.
+        """
+        expected = {"phases", "tests", "values", "learned_at", "has_initial_row"}
+        if set(content) != expected:
+            raise ValueError(f"A matrix has the keys {sorted(expected)}, got {sorted(content)}.")
+        return cls(**content)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EvaluationMatrix":
+        """What `to_json` has written."""
+        return cls.from_dict(json.loads(text))
+
+    @classmethod
+    def from_results(cls, results: Mapping[str, Any], metric: str) -> "EvaluationMatrix":
+        """The matrix of one metric in the content of a run's `results.json`.
+
+        Raises:
+            ValueError: there is no such metric.
+        """
+        if metric not in results["matrix"]:
+            raise ValueError(f"There is no metric {metric!r}. The metrics are: {', '.join(results['matrix'])}.")
+        return cls(results["phases"], results["tests"], results["matrix"][metric], results["learned_at"])
+
+    def to_csv(self) -> str:
+        """A line for each row with its name first, and a header; at full precision, empty where not measured."""
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["after", *self.tests])
+        for name, row in zip(self._row_names, self.to_lists(), strict=True):
+            writer.writerow([name, *("" if value is None else repr(value) for value in row)])
+        return file.getvalue()
+
+    @classmethod
+    def from_csv(
+        cls, text: str, learned_at: Sequence[int | None] | None = None, has_initial_row: bool = True
+    ) -> "EvaluationMatrix":
+        """What `to_csv` has written, which does not say when the tests are taught.
+
+        Raises:
+            ValueError: lines of different lengths, or what is no number.
+        """
+        (_, *tests), *rows = csv.reader(io.StringIO(text))
+        values = [[float(value) if value.strip() else None for value in row[1:]] for row in rows]
+        phases = [row[0] for row in rows][int(has_initial_row) :]
+        return cls(phases, tests, values, learned_at, has_initial_row)
+
+    def to_dataframe(self) -> "pandas.DataFrame":
+        """A `pandas.DataFrame` with the tests as columns and the phases as index; NaN where not measured.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.values, pandas.Index(self._row_names, name="after"), self.tests)
+
+    @classmethod
+    def from_dataframe(
+        cls,
+        frame: "pandas.DataFrame",
+        learned_at: Sequence[int | None] | None = None,
+        has_initial_row: bool = True,
+    ) -> "EvaluationMatrix":
+        """What `to_dataframe` has made, which does not say when the tests are taught."""
+        names = [str(name) for name in frame.index]
+        values = frame.to_numpy(dtype=float, na_value=math.nan).tolist()
+        return cls(names[int(has_initial_row) :], list(map(str, frame.columns)), values, learned_at, has_initial_row)
+
     def to_markdown(self, percent: bool = True) -> str:
         """A table with a row for the start and each phase; a cell is bold in the phase that teaches its test."""
-        names = (["start"] if self.has_initial_row else []) + self.phases
         lines = ["| after | " + " | ".join(map(_cell, self.tests)) + " |", "|---" * (len(self.tests) + 1) + "|"]
-        for row, name in enumerate(names):
+        for name, cells in self._texts("**{}**", "-", percent):
+            lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
+    def to_latex(self, percent: bool = True) -> str:
+        """The same table as a LaTeX `tabular` with the rules of the package booktabs."""
+        lines = [rf"\begin{{tabular}}{{l{'r' * len(self.tests)}}}", r"\toprule"]
+        lines += [" & ".join(["after", *map(_latex, self.tests)]) + r" \\", r"\midrule"]
+        for name, cells in self._texts(r"\textbf{{{}}}", "--", percent):
+            lines.append(" & ".join([_latex(name), *cells]) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+    @property
+    def _row_names(self) -> list[str]:
+        return [*([START] if self.has_initial_row else []), *self.phases]
+
+    def _texts(self, bold: str, nothing: str, percent: bool) -> Iterable[tuple[str, list[str]]]:
+        """Name and cells of each row."""
+        for row, name in enumerate(self._row_names):
             phase = row if self.has_initial_row else row + 1
             cells = []
             for test, value in enumerate(self.values[row]):
-                text = "-" if math.isnan(value) else f"{100 * value:.1f}" if percent else f"{value:.4f}"
-                cells.append(f"**{text}**" if self.learned_at[test] == phase else text)
-            lines.append(f"| {_cell(name)} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+                text = nothing if math.isnan(value) else f"{100 * value:.1f}" if percent else f"{value:.4f}"
+                cells.append(bold.format(text) if self.learned_at[test] == phase else text)
+            yield name, cells
+
+
+def _latex(name: str) -> str:
+    return str(name).translate(LATEX)
 
 
 def _cell(name: str) -> str:

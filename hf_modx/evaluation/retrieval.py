@@ -55,7 +55,11 @@ def retrieval_metrics(
     tile: int = TILE,
     sharded: bool = False,
 ) -> dict[str, float]:
-    """Recall, mean reciprocal rank and median rank in both directions, with the ranks of `retrieval_ranks`.
+    """Recall, mean reciprocal rank, mean average precision and median rank in both directions, with the ranks of
+    `retrieval_ranks`.
+
+    The average precision of a query is the mean over its matches, the k-th best of them at rank r, of k / r; with one
+    match a query the mean average precision is the mean reciprocal rank. All ranks count a tie against the model.
 
     Args:
         image_embeds: (N, D), unit-norm. text_embeds: (C, D), unit-norm; several captions an image are normal.
@@ -66,7 +70,8 @@ def retrieval_metrics(
 
     Returns:
         `image_to_text_recall@1`, `@5`, `@10`, `image_to_text_mrr` (an image is right when ANY of its captions is that
-        high), fractions in [0, 1], `image_to_text_median_rank` in [1, C]; the same from `text_to_image`.
+        high), `image_to_text_map` (ALL of them count), fractions in [0, 1], `image_to_text_median_rank` in [1, C]; the
+        same from `text_to_image`.
 
     Raises:
         ValueError: an image or a caption without a match, shapes that do not fit, or a tile below 1.
@@ -75,13 +80,25 @@ def retrieval_metrics(
     _require_matches(matrix.row_matches, "images")
     _require_matches(matrix.column_matches, "captions")
     image_ranks, text_ranks = matrix.ranks(sharded)
+    image_precision, text_precision = matrix.average_precisions(sharded)
     metrics = {}
-    for name, ranks in {"image_to_text": image_ranks, "text_to_image": text_ranks}.items():
+    for name, ranks, precision in (
+        ("image_to_text", image_ranks, image_precision),
+        ("text_to_image", text_ranks, text_precision),
+    ):
+        reciprocal = ranks.double().reciprocal().mean().item()
         for k in RECALL_AT:
             metrics[f"{name}_recall@{k}"] = (ranks <= k).double().mean().item()
-        metrics[f"{name}_mrr"] = ranks.double().reciprocal().mean().item()
-        metrics[f"{name}_median_rank"] = ranks.double().quantile(0.5).item()
+        metrics[f"{name}_mrr"] = reciprocal
+        metrics[f"{name}_map"] = reciprocal if precision is None else precision.mean().item()
+        metrics[f"{name}_median_rank"] = _median(ranks)
     return metrics
+
+
+def _median(ranks: Tensor) -> float:
+    """`quantile` refuses more than 16 million values."""
+    ordered = ranks.sort().values
+    return (ordered[(len(ranks) - 1) // 2] + ordered[len(ranks) // 2]).item() / 2
 
 
 class _SimilarityMatrix:
@@ -100,25 +117,47 @@ class _SimilarityMatrix:
         self.row_ids, self.row_order = row_ids.to(rows.device, torch.long).sort()
         self.column_ids, self.column_order = column_ids.to(columns.device, torch.long).sort()
         self.rows, self.columns = upcast(rows[self.row_order]), upcast(columns[self.column_order])
-        first, stop = _places(self.row_ids, self.column_ids)
-        self.first, self.stop = first.tolist(), stop.tolist()
-        self.row_matches = stop - first
-        first, stop = _places(self.column_ids, self.row_ids)
-        self.column_matches = stop - first
+        self.row_first, stop = _places(self.row_ids, self.column_ids)
+        self.first, self.stop = self.row_first.tolist(), stop.tolist()
+        self.row_matches = stop - self.row_first
+        self.column_first, stop = _places(self.column_ids, self.row_ids)
+        self.column_matches = stop - self.column_first
 
     @torch.no_grad()
     def ranks(self, sharded: bool = False) -> tuple[Tensor, Tensor]:
         """(N,) ranks of the rows' and (C,) of the columns' best matches, in the order in which they were given."""
-        sharded = sharded and world_size() > 1
-        rank, number = (dist.get_rank(), dist.get_world_size()) if sharded else (0, 1)
+        rank, number = _share(sharded)
         with full_precision(self.rows):
             less = self._count_less(*self._bounds(), rank, number)
-        if sharded:
+        if number > 1:
             dist.all_reduce(less)
         row_less, column_less = less.split([len(self.rows), len(self.columns)])
         row_ranks = 1 + len(self.columns) - self.row_matches - row_less
         column_ranks = 1 + len(self.rows) - self.column_matches - column_less
         return row_ranks[self.row_order.argsort()], column_ranks[self.column_order.argsort()]
+
+    @torch.no_grad()
+    def average_precisions(self, sharded: bool = False) -> tuple[Tensor | None, Tensor | None]:
+        """(N,) of the rows and (C,) of the columns in fp64, ordered by id; None where each has one match."""
+        found = []
+        for queries, candidates, first, matches in (
+            (self.rows, self.columns, self.row_first, self.row_matches),
+            (self.columns, self.rows, self.column_first, self.column_matches),
+        ):
+            if matches.max() == 1:
+                found.append(None)
+                continue
+            rank, number = _share(sharded)
+            precision = torch.zeros(len(queries), dtype=torch.double, device=queries.device)
+            # Bands of so many rows are not larger than a tile.
+            bands = _slices(0, len(queries), max(1, self.tile**2 // len(candidates)))
+            with full_precision(queries):
+                for band in islice(bands, rank, None, number):
+                    precision[band] = _average_precision(queries[band] @ candidates.T, first[band], matches[band])
+            if number > 1:
+                dist.all_reduce(precision)
+            found.append(precision)
+        return found[0], found[1]
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """(N,) and (C,): what is less than this is less similar than the best match, even with another rounding."""
@@ -130,8 +169,7 @@ class _SimilarityMatrix:
                 cosines = torch.where(self._matches(rows, columns), cosines, -torch.inf)
                 best_of_row[rows] = torch.maximum(best_of_row[rows], cosines.amax(dim=1))
                 best_of_column[columns] = torch.maximum(best_of_column[columns], cosines.amax(dim=0))
-        rounding = ROUNDING * torch.finfo(self.rows.dtype).eps
-        return best_of_row - rounding, best_of_column - rounding
+        return best_of_row - _rounding(self.rows), best_of_column - _rounding(self.rows)
 
     def _count_less(self, row_bounds: Tensor, column_bounds: Tensor, rank: int, number: int) -> Tensor:
         """(N + C,) int64: how many similarities of each row, then of each column, are below its bound and no match,
@@ -168,6 +206,36 @@ class _SimilarityMatrix:
 
     def _matches(self, rows: slice, columns: slice) -> Tensor:
         return self.row_ids[rows, None] == self.column_ids[columns]
+
+
+def _average_precision(cosines: Tensor, first: Tensor, matches: Tensor) -> Tensor:
+    """Average precision of R queries from their (R, C) cosines, in which the matches of a query are the `matches`
+    columns from `first` on. The cosines are overwritten."""
+    steps = torch.arange(int(matches.max()), device=cosines.device)
+    is_match = steps < matches[:, None]
+    places = first[:, None] + steps * is_match
+    bounds = (cosines.gather(1, places) - _rounding(cosines)).nan_to_num(nan=-torch.inf).where(is_match, -torch.inf)
+    bounds = bounds.sort(dim=1).values  # ascending: what is no match comes first
+    cosines.scatter_(1, places, -torch.inf)
+    # How many bounds each candidate reaches; NaN reaches all. Then for each bound how many candidates reach it.
+    reached = torch.searchsorted(bounds, cosines, right=True)
+    width = len(steps) + 1
+    reached += torch.arange(len(cosines), device=cosines.device)[:, None] * width
+    histogram = torch.bincount(reached.flatten(), minlength=len(cosines) * width).view(-1, width)
+    others = histogram.flip(1).cumsum(1)[:, :-1]  # from the best match down
+    others = torch.minimum(others, (cosines.shape[1] - matches)[:, None])  # a match reaches the bound of a NaN
+    hits = steps + 1.0
+    precision = torch.where(is_match, hits.double() / (hits + others), 0.0)
+    return precision.sum(dim=1) / matches
+
+
+def _rounding(embeds: Tensor) -> float:
+    return ROUNDING * torch.finfo(embeds.dtype).eps
+
+
+def _share(sharded: bool) -> tuple[int, int]:
+    """This process and the number of processes among which the work is dealt out."""
+    return (dist.get_rank(), dist.get_world_size()) if sharded and world_size() > 1 else (0, 1)
 
 
 def _places(ids: Tensor, ordered: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,18 @@
 
 from .affinity import Shard
 from .contrastive import info_nce
+from .contrastive_distillation import contrastive_distillation
 from .distillation import AffinityDistillation, affinity_distillation
 from .modx import ModXLoss, modx_loss
+from .sigmoid import sigmoid_loss
 
-__all__ = ["AffinityDistillation", "ModXLoss", "Shard", "affinity_distillation", "info_nce", "modx_loss"]
+__all__ = [
+    "AffinityDistillation",
+    "ModXLoss",
+    "Shard",
+    "affinity_distillation",
+    "contrastive_distillation",
+    "info_nce",
+    "modx_loss",
+    "sigmoid_loss",
+]

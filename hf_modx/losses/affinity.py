@@ -92,7 +92,7 @@ def affinity_losses(
     """
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device).reshape(())
-    settings = _Settings(distill_scale, screen, rows, _repeated(pair_ids), _block_rows(texts, chunk_size), shard)
+    settings = _Settings(distill_scale, screen, rows, repeated(pair_ids), block_rows(texts, chunk_size), shard)
     return AffinityLosses(*_AffinityLosses.apply(images, texts, scale, old_images, old_texts, settings))
 
 
@@ -339,8 +339,8 @@ def _barred(pair_ids: Tensor, place: slice, columns: int) -> Tensor:
     return torch.nn.functional.pad(same, (0, columns - len(pair_ids)))
 
 
-def _repeated(pair_ids: Tensor | None) -> Tensor | None:
-    """(N, K) ids, or None where all differ: nothing is to be barred."""
+def repeated(pair_ids: Tensor | None) -> Tensor | None:
+    """(N, K) ids, or None where all differ: no two pairs share one."""
     if pair_ids is None:
         return None
     pair_ids = pair_ids.reshape(len(pair_ids), -1)
@@ -348,7 +348,8 @@ def _repeated(pair_ids: Tensor | None) -> Tensor | None:
     return None if differ else pair_ids
 
 
-def _block_rows(texts: Tensor, chunk_size: int | None) -> int:
+def block_rows(texts: Tensor, chunk_size: int | None) -> int:
+    """Rows of a block of similarities to so many texts."""
     if chunk_size is None:
         return max(FEWEST_ROWS, BLOCK.get(texts.device.type, ACCELERATOR_BLOCK) // len(texts))
     if chunk_size < 1:

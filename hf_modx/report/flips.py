@@ -11,7 +11,6 @@ from datasets import Dataset
 from PIL.Image import Image
 
 from ..data import PairCollator, PairDataset, as_captions
-from ..embeddings import longest_caption
 from ..evaluation import encode_pairs
 from ..images import to_rgb
 from ..load_data import at_most
@@ -118,7 +117,7 @@ def _first_captions(
             continue
         device = PartialState().device
         model, processor = load_dual_encoder(str(folder), device)
-        collator = PairCollator(processor, max_length=longest_caption(model, processor.tokenizer))
+        collator = PairCollator.for_model(model, processor)
         for name, dataset in tests.items():
             if phase in spans[name]:
                 pairs = PairDataset(dataset, *_columns(run))

@@ -1,0 +1,85 @@
+"""The built-in streams of new concepts, and the form of all of them for choosing options."""
+
+import datasets
+import pytest
+
+from hf_modx import PhaseStream
+from hf_modx.demo_streams import DEMO_STREAMS, GROUPS
+
+from tiny import tiny_pairs
+
+NEW_CONCEPTS = ["class", "instance"]
+
+
+@pytest.fixture(scope="module", params=list(DEMO_STREAMS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stream(name):
+    return DEMO_STREAMS[name](seed=0)
+
+
+@pytest.fixture(scope="module")
+def validation(name):
+    return DEMO_STREAMS[name](seed=0, validation=True)
+
+
+def concepts(dataset):
+    return set(dataset["pair_id"])
+
+
+def drawings(dataset):
+    return {image["bytes"] for image in dataset.cast_column("image", datasets.Image(decode=False))["image"]}
+
+
+@pytest.mark.parametrize("name", NEW_CONCEPTS)
+def test_every_phase_brings_new_concepts_and_tests_each_of_them_once(name):
+    phases = DEMO_STREAMS[name](seed=0).all_phases()
+    assert len(phases) == 4
+    assert sum(len(concepts(phase.train)) for phase in phases) == len(
+        set.union(*(concepts(phase.train) for phase in phases))
+    )
+    for phase in phases:
+        assert concepts(phase.train) == concepts(phase.test)
+        assert len(concepts(phase.test)) == len(phase.test) > 250
+
+
+def test_class_stream_goes_by_groups():
+    assert [phase.name for phase in DEMO_STREAMS["class"]().all_phases()] == list(GROUPS)
+
+
+@pytest.mark.parametrize("name", NEW_CONCEPTS)
+def test_seed_decides_what_is_held_out(name):
+    tests = [drawings(DEMO_STREAMS[name](seed=seed).phases[0].test) for seed in (0, 0, 1)]
+    assert tests[0] == tests[1] != tests[2]
+
+
+def test_tested_drawings_are_not_trained_on(stream):
+    trained = set.union(*(drawings(phase.train) for phase in stream.all_phases()))
+    assert not any(drawings(phase.test) & trained for phase in stream.all_phases())
+
+
+def test_validation_sees_no_test_drawing_and_two_phases(stream, validation):
+    tested = set.union(*(drawings(phase.test) for phase in stream.all_phases()))
+    assert [phase.name for phase in validation] == [phase.name for phase in stream][:2]
+    for phase in validation.all_phases():
+        assert not tested & (drawings(phase.train) | drawings(phase.test))
+
+
+def test_validation_holds_out_drawings_that_training_would_have(stream, validation):
+    for phase, whole in zip(validation.all_phases(), stream.all_phases(), strict=False):
+        assert drawings(phase.test) < drawings(whole.train)
+        assert not drawings(phase.test) & drawings(phase.train)
+        assert len(phase.test) > 100
+
+
+def test_union_test_has_the_pairs_of_all_tests():
+    data = tiny_pairs(40)
+    splits = {"a_train": data.select(range(10)), "a_test": data.select(range(10, 14))}
+    splits |= {"b_train": data.select(range(20, 30)), "b_test": data.select(range(30, 36))}
+    tests = PhaseStream.from_splits(splits).with_union_test().tests()
+    union, learned_at = tests["union"]
+    assert union["caption"] == [*splits["a_test"]["caption"], *splits["b_test"]["caption"]]
+    assert learned_at is None and list(tests) == ["a", "b", "union"]

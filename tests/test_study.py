@@ -1,0 +1,177 @@
+"""The study: its tiny form from the command to the tables, and the numbers in them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "study")]
+
+import run as study  # noqa: E402
+import tables  # noqa: E402
+
+from hf_modx import build_recipe  # noqa: E402
+
+import continual_clip  # noqa: E402
+
+TINY = ["--tiny", "--streams", "instance", "--use_cpu", "true"]
+
+
+# ---- The command ----
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny study of two recipes, of which one fails."""
+    folder = tmp_path_factory.mktemp("study")
+    entries = folder / "recipes.yaml"
+    entries.write_text("recipes:\n  wrong: {recipe: modx, recipe_args: {alpha: -1}}\nsets:\n  both: [finetune, wrong]")
+    command = [*TINY, "--recipe_file", str(entries), "--recipes", "both", "--output_dir", str(folder / "out")]
+    assert study.main(command) == 1
+    (folder / "command.json").write_text(json.dumps(command))
+    return folder
+
+
+@pytest.fixture
+def command(folder):
+    return json.loads((folder / "command.json").read_text())
+
+
+def test_every_run_has_its_folder_and_a_line_in_the_tables(folder):
+    assert tables.is_finished(folder / "out" / "instance" / "finetune-seed0")
+    text = (folder / "out" / "tables.md").read_text()
+    assert "| finetune | 0 |" in text and "| frozen | 0 |" in text
+    assert "part_1 24 (4.17)" in text and "union 96 (1.04)" in text
+
+
+def test_a_run_that_fails_says_why_in_the_tables(folder):
+    text = (folder / "out" / "tables.md").read_text()
+    assert "- wrong, seed 0: failed:" in text and "alpha must not be negative, got -1" in text
+
+
+def test_figures_cards_and_measures_are_written(folder):
+    out = folder / "out"
+    assert (out / "front.png").stat().st_size > 10_000 and (out / "curves-instance.png").stat().st_size > 10_000
+    assert "recall" in (out / "cards" / "instance" / "finetune-seed0" / "README.md").read_text()
+    assert (out / "measures.csv").read_text().count("instance,finetune,0,finished") == len(tables.METRICS)
+
+
+def test_finished_runs_are_not_done_again_and_failed_ones_are(folder, command, monkeypatch):
+    begun = []
+    monkeypatch.setattr(continual_clip, "main", lambda argv: begun.append(argv[argv.index("--output_dir") + 1]))
+    study.main(command)
+    assert begun == [str(folder / "out" / "instance" / "wrong-seed0")]
+
+
+def test_a_folder_with_other_settings_is_refused(command):
+    with pytest.raises(SystemExit, match=r"other settings \(--learning_rate, 0.1\)"):
+        study.main([*command, "--learning_rate", "0.1"])
+
+
+def test_jobs_are_processes_whose_last_words_are_the_reason(tmp_path):
+    run = study.Run("class", "er", 0, None, ("--recipe", "no_such_recipe"), tmp_path / "run")
+    with study.Workers(jobs=2, threads=1) as workers:
+        ((ended, reason),) = workers.carry_out([run])
+    assert ended is run and "no recipe 'no_such_recipe'" in reason
+    assert tables.failure(run.folder) == reason
+
+
+# ---- What is planned ----
+
+
+def plan(*argv):
+    return study.planned(*study.parse(argv))
+
+
+def test_bases_come_first_and_then_seed_after_seed():
+    runs = plan("--recipes", "finetune,joint", "--streams", "domain,class", "--seeds", "0,1")
+    assert [run.recipe for run in runs[:4]] == ["frozen"] * 4
+    assert [(run.seed, run.stream, run.recipe) for run in runs[4:7]] == [
+        (0, "domain", "joint"),
+        (0, "domain", "finetune"),
+        (0, "class", "joint"),
+    ]
+
+
+def test_flags_of_an_entry_may_differ_by_stream_and_the_command_line_has_the_last_word(tmp_path):
+    entries = tmp_path / "recipes.yaml"
+    entries.write_text(
+        "recipes:\n  a: {recipe: modx, recipe_args: {alpha: 1}, streams: {class: {recipe_args: {alpha: 3}}}}"
+    )
+    flags = ["--recipes", "a", "--recipe_file", str(entries), "--seeds", "0", "--learning_rate", "0.5"]
+    *_, domain, of_class = plan(*flags, "--streams", "domain,class")
+    assert '{"alpha": 1}' in domain.flags and '{"alpha": 3}' in of_class.flags
+    assert domain.flags[-2:] == ("--learning_rate", "0.5")
+
+
+def test_options_are_not_chosen_on_the_seeds_of_the_tables(capsys):
+    with pytest.raises(SystemExit):
+        study.parse(["--tune", "--seeds", "9,10"])
+    assert "10 or more" in capsys.readouterr().err
+    assert "--demo_validation" in plan("--tune")[0].flags
+
+
+def test_all_entries_and_sets_can_be_built():
+    content = yaml.safe_load((ROOT / "examples" / "study" / "recipes.yaml").read_text())
+    for name in [name for names in content["sets"].values() for name in names]:
+        entry = content["recipes"].get(name, {})
+        assert build_recipe(entry.get("recipe", name), **entry.get("recipe_args", {})), name
+
+
+# ---- What the tables say ----
+
+
+def results(matrix, learned_at=(0, 1, 2, None)):
+    return {
+        "phases": ["one", "two"],
+        "tests": ["base", "one", "two", "union"],
+        "learned_at": list(learned_at),
+        "matrix": dict.fromkeys(tables.METRICS, matrix),
+    }
+
+
+def test_measures_of_a_run():
+    found = tables.measures(results([[0.5, 0.1, 0.0, 0.3], [0.4, 0.8, 0.1, 0.2], [0.2, 0.6, 0.9, 0.1]]), tables.METRIC)
+    assert found == pytest.approx(
+        {
+            "plasticity": (0.8 + 0.9) / 2,
+            "reached": (0.5 + 0.8 + 0.9) / 3,
+            "old": (0.2 + 0.6) / 2,
+            "last": (0.2 + 0.6 + 0.9) / 3,
+            "forgetting": ((0.5 - 0.2) + (0.8 - 0.6)) / 2,
+            "union": 0.1,
+        }
+    )
+
+
+def test_a_model_that_finds_nothing_is_named():
+    matrix = [[0.5, 0.5, 0.5, 0.5], [0.0, 0.2, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    assert tables.has_collapsed({"matrix": {"image_to_text_recall@10": matrix}})
+    assert not tables.has_collapsed({"matrix": {"image_to_text_recall@10": matrix[:2]}})
+
+
+def test_difference_is_paired_by_seed_with_a_t_interval():
+    found = tables.paired(tables.spread({0: 0.5, 1: 0.7, 2: 0.6}), tables.spread({2: 0.3, 1: 0.5, 0: 0.4, 7: 0.9}))
+    assert found["seeds"] == 3 and found["mean"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)
+    assert found["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+
+
+def test_forgetting_removed_is_a_ratio_of_means():
+    def own(reached, last):
+        return {"reached": tables.spread(reached), "last": tables.spread(last), "plasticity": tables.spread(reached)}
+
+    finetune = own({0: 0.8, 1: 0.82, 2: 0.81, 3: 0.1}, {0: 0.4, 1: 0.41, 2: 0.42, 3: 0.1})
+    recipe = own({0: 0.7, 1: 0.7, 2: 0.7}, {0: 0.5, 1: 0.53, 2: 0.5})
+    found = tables.comparisons(recipe, finetune, None)
+    assert found["forgetting_removed"] == pytest.approx(0.1 / 0.4)  # of the seeds that both have
+    assert found["relative_plasticity"] == pytest.approx(0.7 / 0.81)
+
+
+@pytest.mark.parametrize("last", [{0: 0.4}, {0: 0.1, 1: 0.9}])
+def test_forgetting_removed_needs_forgetting_that_is_more_than_noise(last):
+    finetune = {"reached": tables.spread(dict.fromkeys(last, 0.6)), "last": tables.spread(last)}
+    finetune["plasticity"] = finetune["reached"]
+    assert tables.comparisons(finetune, finetune, None)["forgetting_removed"] is None
