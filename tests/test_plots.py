@@ -93,9 +93,9 @@ def test_training_is_whole(drawn, tmp_path):
 
 def test_disorder_is_whole(drawn, tmp_path):
     share = {"[0, 5]": 0.4, "(5, 10]": 0.3, "(10, 15]": 0.2, "(15, 20]": 0.06, "(20, 180]": 0.04}
-    draw_disorder({name: dict.fromkeys(NAMES, share) for name in NAMES[:2]}, tmp_path / "d.png")
+    draw_disorder(dict.fromkeys(NAMES, share), tmp_path / "d.png", "$ABS$ " * 30)
     assert_nothing_is_clipped(drawn[0], tmp_path / "d.png")
-    heights = [bar.get_height() for bar in drawn[0].axes[1].containers[0]]
+    heights = [bar.get_height() for bar in drawn[0].axes[0].containers[0]]
     assert heights == pytest.approx([40, 30, 20, 6, 4])
 
 
@@ -151,7 +151,7 @@ def test_a_log_of_nothing_is_refused(tmp_path):
 
 def test_disorder_with_other_bins_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'b' has the bins"):
-        draw_disorder({"SAM": {"a": {"[0, 5]": 1.0}, "b": {"[0, 6]": 1.0}}}, tmp_path / "d.png")
+        draw_disorder({"a": {"[0, 5]": 1.0}, "b": {"[0, 6]": 1.0}}, tmp_path / "d.png", "SAM")
 
 
 def test_matrices_can_share_their_colours(drawn, tmp_path):

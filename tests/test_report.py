@@ -13,7 +13,6 @@ from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.phases import content_fingerprint
 from hf_modx.plots import Retrieved
 from hf_modx.report import FlippedTest, compare, find_tests, flipped_tests, group_runs, read_run, write_report
-from hf_modx.report.disorder import disorder_panels
 from hf_modx.report.tables import mean_matrix, plasticity, spread, stability
 
 from tiny import tiny_clip, tiny_pairs
@@ -159,48 +158,6 @@ def test_tests_without_a_metric_are_left_out(make_run):
 def test_metric_that_was_not_measured_is_named(make_run):
     with pytest.raises(ValueError, match=r"no metric 'nothing'. It has: image_to_text_recall@1"):
         compare(group_runs([make_run("modx", 0)]), "nothing")
-
-
-# ---- Spatial disorder ----
-
-
-def with_disorder(sam):
-    """Results with this share of unchanged shape for one test, and none changed for another."""
-
-    def moved(first):
-        histogram = {"shares": [first, 1 - first, 0, 0, 0], "mean": 4.0}
-        return {
-            name: {"sam": histogram, "ram": {"shares": [0, 0, 0, 0, 1], "mean": 50.0}} for name in ("image", "text")
-        }
-
-    since_start = {"tests": {"base": moved(sam), "first": moved(1.0), "second": None}, "imav": {"pairs": 0}}
-    bins = {"sam": [5, 10, 15, 20], "imav": [5, 10, 15, 20], "ram": [15, 20, 25, 30]}
-    phases = [None, {"since_start": None}, {"since_start": since_start}]
-    return lambda identity, results: results.update(spatial_disorder={"bins": bins, "phases": phases})
-
-
-def test_disorder_is_the_mean_over_tests_and_seeds(make_run):
-    groups = group_runs(
-        [make_run("modx", 0, change=with_disorder(0.2)), make_run("modx", 1, change=with_disorder(0.6))]
-    )
-    panels = disorder_panels(groups)
-    assert list(panels) == [
-        f"{what} of {who}" for what in ("SAM: shape", "RAM: movement") for who in ("images", "texts")
-    ]
-    bins = ["[0, 5]", "(5, 10]", "(10, 15]", "(15, 20]", "(20, 180]"]
-    shares = panels["SAM: shape of images"]["modx"]
-    assert list(shares) == bins and list(shares.values()) == pytest.approx([0.7, 0.3, 0, 0, 0])
-    assert panels["RAM: movement of texts"]["modx"]["(30, 180]"] == 1
-
-
-def test_recipe_whose_seeds_have_not_all_measured_disorder_is_left_out(make_run, tmp_path):
-    runs = [make_run("modx", 0, change=with_disorder(0.2)), make_run("modx", 1)]
-    runs.append(make_run("joint", 0, change=with_disorder(0.2)))
-    panels = disorder_panels(group_runs(runs))
-    assert all(list(shares) == ["joint"] for shares in panels.values())
-    write_report(group_runs(runs), tmp_path / "report")
-    assert "Spatial disorder of the tests" in (tmp_path / "report" / "report.html").read_text()
-    assert disorder_panels(group_runs(runs[1:2])) == {}
 
 
 # ---- Flipped retrievals ----

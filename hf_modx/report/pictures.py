@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..card_metadata import metric_name
-from ..plots import (
-    draw_curves,
-    draw_disorder,
-    draw_matrix,
-    draw_retrieved,
-    draw_tradeoff,
-    draw_training,
-    largest_value,
-)
-from .disorder import disorder_panels
+from ..plots import draw_curves, draw_matrix, draw_retrieved, draw_tradeoff, draw_training, largest_value
 from .flips import FlippedTest, spaced
 from .tables import Groups, mean_matrix, plasticity, stability
 
@@ -32,8 +23,8 @@ class Picture:
 
 
 def draw_comparison(groups: Groups, metrics: Sequence[str], folder: Path) -> list[Picture]:
-    """Curves of each metric; of the first one what is learned against what is kept; the terms of the loss and
-    the spatial disorder, where the runs have kept them.
+    """Curves of each metric; of the first one what is learned against what is kept; the terms of the loss, where
+    the runs have kept their log.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -55,11 +46,6 @@ def draw_comparison(groups: Groups, metrics: Sequence[str], folder: Path) -> lis
         file, phases = folder / "training.png", next(iter(groups.values()))[0].results["phases"]
         draw_training(logs, steps, phases, file)
         pictures.append(Picture(file, "Loss and its terms while training"))
-    panels = disorder_panels(groups)
-    if panels:
-        file = folder / "disorder.png"
-        draw_disorder(panels, file)
-        pictures.append(Picture(file, "Spatial disorder of the tests from the start to the last phase"))
     return pictures
 
 
