@@ -190,3 +190,51 @@ def test_demo_data_are_the_built_in_stream(tmp_path, capsys):
     for phase in stream.all_phases():
         for part, dataset in (("train", phase.train), ("test", phase.test)):
             assert content_fingerprint(saved[f"{phase.name}_{part}"]) == content_fingerprint(dataset)
+
+
+TESTS = """
+- {{name: may, kind: retrieval, dataset: {data}, split: may_test}}
+- name: shapes
+  kind: zero_shot
+  dataset: {data}
+  split: other_test
+  label_column: pair_id
+  class_names: {names}
+  templates: ["a {{}}"]
+"""
+
+
+def test_evaluate_takes_declared_tests_of_all_kinds(place, tmp_path, capsys):
+    names = json.dumps([f"thing {number}" for number in range(48)])
+    (tmp_path / "tests.yaml").write_text(TESTS.format(data=place / "data", names=names))
+    out = tmp_path / "values.json"
+    argv = ["evaluate", place / "modx" / "phase-1", "--tests", tmp_path / "tests.yaml", "--output_file", out]
+    assert main([str(argument) for argument in argv]) == 0
+    values = json.loads(out.read_text())["values"]
+    measured = json.loads((place / "modx" / "results.json").read_text())["matrix"]["image_to_text_recall@1"]
+    assert values["may"]["image_to_text_recall@1"] == measured[1][0]
+    assert 0 <= values["shapes"]["zero_shot_top1"] <= 1
+    assert "| zero-shot top-1" in capsys.readouterr().out.lower()
+
+
+def test_disorder_is_that_of_the_results(place, tmp_path, capsys):
+    run, out = place / "modx", tmp_path / "disorder.json"
+    models = [run / "phase-0", run / "phase-1"]
+    argv = ["disorder", *models, "--dataset_name", place / "data", "--split", "may_test", "--output_file", out]
+    assert main([str(argument) for argument in [*argv, "--plots", tmp_path]]) == 0
+    found = json.loads(out.read_text())["values"]["may_test"]
+    (phase,) = [
+        entry for entry in json.loads((run / "results.json").read_text())["spatial_disorder"]["phases"] if entry
+    ]
+    recorded = phase["since_start"]["tests"]["may"]
+    assert found["image"]["ram"]["mean"] == pytest.approx(recorded["image"]["ram"]["mean"], abs=1e-3)
+    assert found["text"]["sam"]["shares"] == pytest.approx(recorded["text"]["sam"]["shares"], abs=1e-6)
+    assert "| may_test |" in capsys.readouterr().out and (tmp_path / "ram.png").exists()
+
+
+def test_disorder_needs_captions(place, tmp_path, fails):
+    entry = {"name": "x", "kind": "zero_shot", "dataset": str(place / "data"), "split": "other_test"}
+    entry |= {"label_column": "pair_id", "class_names": [str(number) for number in range(48)]}
+    (tmp_path / "tests.yaml").write_text(json.dumps([entry]))
+    phase = place / "modx" / "phase-0"
+    assert "tests with captions" in fails("disorder", phase, phase, "--tests", tmp_path / "tests.yaml")

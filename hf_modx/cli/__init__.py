@@ -10,9 +10,15 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..markdown import one_line
-from . import demo_data, evaluate, merge, report
+from . import demo_data, disorder, evaluate, merge, report
 
-COMMANDS = {"report": report, "evaluate": evaluate, "merge": merge, "demo-data": demo_data}
+COMMANDS = {
+    "report": report,
+    "evaluate": evaluate,
+    "disorder": disorder,
+    "merge": merge,
+    "demo-data": demo_data,
+}
 """By name a module with a docstring, which is its help, `add_arguments(parser)` and `run(options)`."""
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130

@@ -1,26 +1,25 @@
-"""Evaluate a model: image-text retrieval on any data.
+"""Evaluate a model: retrieval on any data, zero-shot classification and linear probes.
 
-The model is a folder or an id on the Hub, with @REVISION where it is not the main branch. Without a data set the tests
-are those of a built-in stream.
+The model is a folder or an id on the Hub, with @REVISION where it is not the main branch. A YAML file (--tests)
+declares tests of all kinds. Without it and without a data set the tests are those of a built-in stream.
 
     hf-modx evaluate openai/clip-vit-base-patch32 --dataset_name my_data --split test --caption_column text
     hf-modx evaluate me/my_clip@phase-2 --dataset_name my_data --split january_test,february_test
+    hf-modx evaluate me/my_clip@phase-2 --tests tests.yaml
     hf-modx evaluate runs/modx-seed0/phase-3
 """
 
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from torch import nn
 
 from ..card_metadata import metric_name
 from ..data import PairCollator, PairDataset
 from ..demo_streams import DEMO_STREAMS
-from ..evaluation import encode_pairs, retrieval_metrics
+from ..evaluation import Encoder, LabelTest, RetrievalTest, encode_pairs, load_tests, retrieval_metrics
 from ..files import write_json
 from ..load_data import at_most, load_splits
 from ..markdown import escaped, table
@@ -30,7 +29,14 @@ from ..pretrained import load_dual_encoder
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL[@REVISION]", help="folder, or id on the Hub")
-    parser.add_argument(
+    add_test_arguments(parser)
+
+
+def add_test_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is tested, and where the values go."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--tests", help="YAML file of tests, as hf_modx.evaluation.load_tests reads it")
+    source.add_argument(
         "--dataset_name",
         help="on the Hub, a folder written by save_to_disk, an image folder with metadata, or parquet files",
     )
@@ -59,12 +65,11 @@ def run(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
-    tests = {name: at_most(test, options.max_samples, options.seed) for name, test in tests_of(options).items()}
-    columns = (options.image_column, options.caption_column, options.pair_id_column)
-    pairs = {name: PairDataset(test, *columns) for name, test in tests.items()}
+    tests = chosen_tests(options)
     device = PartialState().device
     model, processor = load_dual_encoder(options.model, device)
-    values = {name: retrieval(model, processor, test, options.batch_size, device) for name, test in pairs.items()}
+    encoder = Encoder(model, PairCollator.for_model(model, processor), options.batch_size, device=device)
+    values = {name: measured(test, encoder) for name, test in tests.items()}
     if PartialState().is_main_process:
         if options.output_file is not None:
             options.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -73,8 +78,27 @@ def run(options: argparse.Namespace) -> None:
         print(values_table(values))
 
 
-def tests_of(options: argparse.Namespace) -> dict[str, Dataset]:
+def chosen_tests(options: argparse.Namespace) -> dict[str, PairDataset | LabelTest]:
     """The tests by name."""
+    columns = (options.image_column, options.caption_column, options.pair_id_column)
+    if options.tests is None:
+        tables = tables_with_captions(options)
+    else:
+        declared = load_tests(options.tests)
+        tables = {
+            name: test.with_columns(*columns) if isinstance(test, RetrievalTest) else test
+            for name, test in declared.items()
+        }
+    return {
+        name: test
+        if isinstance(test, LabelTest)
+        else PairDataset(at_most(test, options.max_samples, options.seed), *columns)
+        for name, test in tables.items()
+    }
+
+
+def tables_with_captions(options: argparse.Namespace) -> dict[str, Dataset]:
+    """By name the splits of the data set that are tests, or the tests of a built-in stream."""
     if options.dataset_name is None:
         found = {name: test for name, (test, _) in DEMO_STREAMS[options.demo_stream](options.seed).tests().items()}
         wanted = list(found)
@@ -91,9 +115,12 @@ def tests_of(options: argparse.Namespace) -> dict[str, Dataset]:
     return {name: found[name] for name in wanted}
 
 
-def retrieval(model: nn.Module, processor: Any, test: PairDataset, batch_size: int, device: Any) -> dict[str, float]:
-    collator = PairCollator.for_model(model, processor)
-    encoded = encode_pairs(model, test, collator, batch_size=batch_size, device=device)
+def measured(test: PairDataset | LabelTest, encoder: Encoder) -> dict[str, float]:
+    if isinstance(test, LabelTest):
+        return test.measure(encoder)
+    encoded = encode_pairs(
+        encoder.dual_encoder, test, encoder.collator, batch_size=encoder.batch_size, device=encoder.device
+    )
     return retrieval_metrics(encoded.image, encoded.text, encoded.image_ids, encoded.text_ids, sharded=True)
 
 

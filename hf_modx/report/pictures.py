@@ -1,13 +1,24 @@
 """The pictures of a report."""
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..card_metadata import metric_name
-from ..plots import draw_curves, draw_matrix, draw_retrieved, draw_tradeoff, draw_training, largest_value
+from ..evaluation.disorder import bin_names
+from ..plots import (
+    draw_curves,
+    draw_disorder,
+    draw_matrix,
+    draw_retrieved,
+    draw_tradeoff,
+    draw_training,
+    largest_value,
+)
 from .flips import FlippedTest, spaced
+from .runs import RecordedRun
 from .tables import Groups, mean_matrix, plasticity, stability
 
 DRAWN = 12
@@ -46,7 +57,7 @@ def draw_comparison(groups: Groups, metrics: Sequence[str], folder: Path) -> lis
         file, phases = folder / "training.png", next(iter(groups.values()))[0].results["phases"]
         draw_training(logs, steps, phases, file)
         pictures.append(Picture(file, "Loss and its terms while training"))
-    return pictures
+    return pictures + _draw_disorder(groups, folder)
 
 
 def draw_matrices(groups: Groups, metric: str, folder: Path) -> list[Picture]:
@@ -75,6 +86,40 @@ def draw_flips(flipped: Sequence[FlippedTest], name: str, number: int, folder: P
     file = folder / f"retrieved-{number}-{_slug(name)}.png"
     draw_retrieved(examples, file)
     return Picture(file, f"Retrievals that {name} lost and gained")
+
+
+DISORDER = {
+    "ram": "Angles between embeddings before the first phase and after the last (RAM)",
+    "sam": "Changes of the angles within a modality from before the first phase to after the last (SAM)",
+}
+
+
+def _draw_disorder(groups: Groups, folder: Path) -> list[Picture]:
+    """Means over the tests and the seeds, of the recipes that have measured it."""
+    pictures = []
+    for measure, title in DISORDER.items():
+        shares = {
+            f"{name}, {modality}s": share
+            for name, runs in groups.items()
+            for modality in ("image", "text")
+            if (share := _shares(runs, modality, measure))
+        }
+        if shares:
+            file = folder / f"disorder-{measure}.png"
+            draw_disorder(shares, file, title)
+            pictures.append(Picture(file, title))
+    return pictures
+
+
+def _shares(runs: Sequence[RecordedRun], modality: str, measure: str) -> dict[str, float]:
+    """By bin; empty where no run knows."""
+    known = [run.results["spatial_disorder"] for run in runs if any(run.results.get("spatial_disorder", {}).values())]
+    last = [found["phases"][-1]["since_start"]["tests"].values() for found in known if found["phases"][-1]]
+    histograms = [test[modality][measure]["shares"] for tests in last for test in tests if test is not None]
+    if not histograms:
+        return {}
+    means = [statistics.mean(share) for share in zip(*histograms, strict=True)]
+    return dict(zip(bin_names(known[0]["bins"][measure]), means, strict=True))
 
 
 def _tradeoff(groups: Groups, metric: str) -> Mapping[str, list[tuple[float, float]]]:
