@@ -14,6 +14,7 @@ first seed. This made all of `model_cards/`:
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -45,10 +46,12 @@ def main(argv: list[str]) -> None:
             run_flags = ["--recipe", recipe, "--seed", seed, "--output_dir", str(folder), "--save_strategy", "no"]
             continual_clip.main([*flags, *run_flags])
             runs.setdefault(recipe, []).append(read_run(folder))
-    made_by = f"python examples/compare_recipes.py --recipes {options.recipes} --seeds {options.seeds}"
+    made_by = ["examples/compare_recipes.py", "--recipes", options.recipes, "--seeds", options.seeds, *flags]
     text = "\n".join(compare(runs, metric).to_markdown() for metric in options.metrics.split(","))
     for folder in filter(None, (options.output_dir, options.cards)):
-        write_comparison(runs, options.metrics.split(",")[0], f"<!-- Written by: {made_by} -->\n{text}", folder)
+        write_comparison(
+            runs, options.metrics.split(",")[0], f"<!-- Written by: python {shlex.join(made_by)} -->\n{text}", folder
+        )
     if options.cards is not None:
         for first, *_ in runs.values():
             write_card(first, options.cards)

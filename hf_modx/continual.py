@@ -457,7 +457,7 @@ class ContinualRun:
         steps = [self.steps(k) for k in range(1, number + 1)]
         name = f"phase-{number}-{self.stream.phases[number - 1].name if number else 'start'}"
         track_as_one_run(
-            trainer, self.folder, name, list(self.tests), steps_before=sum(steps[:-1]), steps=sum(steps[-1:])
+            trainer, self.folder, name, self._test_names, steps_before=sum(steps[:-1]), steps=sum(steps[-1:])
         )
         return trainer
 

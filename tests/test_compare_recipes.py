@@ -34,7 +34,7 @@ def compared(model, processor, tmp_path):
 def test_comparison_and_cards_are_written(compared):
     out, cards = compared
     text = (out / "comparison.md").read_text()
-    assert text.startswith(f"<!-- Written by: {COMMAND} -->\n")
+    assert text.startswith(f"<!-- Written by: {COMMAND} --model_name_or_path ")
     assert "### Image-to-text recall@1" in text and "### Image-to-text recall@5" in text
     assert len(re.findall(r"^\| modx - finetune \|( -?[\d.]+ \|)+$", text, flags=re.MULTILINE)) == 2
     assert text == (cards / "comparison.md").read_text()
