@@ -4,16 +4,26 @@
 
 All recipes of a seed start from the same base weights and see the same data in the same order; every phase has the
 same number of steps (joint trains phase k for k times as many). Further flags go to `examples/continual_clip.py`.
-Runs that are finished are not done again. Writes `comparison.md` and, with the `plots` extra, `comparison.png`.
+Runs that are finished are not done again. Writes `comparison.md` and, with the `plots` extra, `comparison.png`; the
+same runs make a whole report with `hf-modx report runs/comparison/*-seed* --output_dir report`.
+
+With `--cards FOLDER` the comparison is written there too, and beside it the card of each recipe's last phase for the
+first seed. This made all of `model_cards/`:
+
+    python examples/compare_recipes.py --recipes finetune,modx,joint --seeds 0,1,2 --cards model_cards
 """
 
 import argparse
-import json
-import statistics
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+
+from hf_modx.card_metadata import metric_name
+from hf_modx.model_card import PICTURE, write_card_of_run
+from hf_modx.plots import draw_curves
+from hf_modx.report import RecordedRun, compare, read_run
 
 import continual_clip
 
@@ -26,114 +36,45 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seeds", default="0,1,2", help="numbers, comma-separated")
     parser.add_argument("--output_dir", default="runs/comparison", type=Path)
     parser.add_argument("--metrics", default=METRICS, help="metrics of results.json, comma-separated")
+    parser.add_argument("--cards", type=Path, metavar="FOLDER", help="for cards of the runs and the comparison")
     options, flags = parser.parse_known_args(argv)
-    results: dict[str, list[dict]] = {}
+    runs: dict[str, list[RecordedRun]] = {}
     for seed in options.seeds.split(","):
         for recipe in options.recipes.split(","):
             folder = options.output_dir / f"{recipe}-seed{seed}"
             run_flags = ["--recipe", recipe, "--seed", seed, "--output_dir", str(folder), "--save_strategy", "no"]
             continual_clip.main([*flags, *run_flags])
-            results.setdefault(recipe, []).append(json.loads((folder / "results.json").read_text()))
-    metrics = options.metrics.split(",")
-    text = "\n".join(tables(results, metric) for metric in metrics)
-    (options.output_dir / "comparison.md").write_text(text)
-    draw(results, metrics[0], options.output_dir / "comparison.png")
+            runs.setdefault(recipe, []).append(read_run(folder))
+    made_by = f"python examples/compare_recipes.py --recipes {options.recipes} --seeds {options.seeds}"
+    text = "\n".join(compare(runs, metric).to_markdown() for metric in options.metrics.split(","))
+    for folder in filter(None, (options.output_dir, options.cards)):
+        write_comparison(runs, options.metrics.split(",")[0], f"<!-- Written by: {made_by} -->\n{text}", folder)
+    if options.cards is not None:
+        for first, *_ in runs.values():
+            write_card(first, options.cards)
     print(text)
 
 
-def tables(results: dict[str, list[dict]], metric: str) -> str:
-    """Markdown: the summary of each recipe, each test right after its phase and at the end, and the kept rows."""
-    first = next(iter(results.values()))[0]
-    tests, phases = first["tests"], first["phases"]
-    columns: dict[str, Callable[[dict], float]] = {
-        name: lambda run, name=name: run["summary"][metric][name] for name in ("forgetting", "last", "average")
-    }
-    for number, phase in enumerate(phases, start=1):
-        columns[f"{phase}, after its phase"] = lambda run, k=number: right_after(run, metric, k)
-    for column, test in enumerate(tests):
-        columns[f"{test}, end"] = lambda run, i=column: run["matrix"][metric][-1][i]
-    lines = [f"### {metric}", "", setting(results, metric), "", table(results, columns)]
-    start = [
-        f"{test} {spread(next(iter(results.values())), lambda run, i=i: run['matrix'][metric][0][i])}"
-        for i, test in enumerate(tests)
-    ]
-    lines += ["", f"Before the first phase: {', '.join(start)}."]
-    for recipe, runs in results.items():
-        if all("image_rows_kept" in record for run in runs for record in run["training"]):
-            kept = [
-                f"{phase} {spread(runs, lambda run, k=k: run['training'][k]['image_rows_kept']['mean'])}"
-                for k, phase in enumerate(phases)
-            ]
-            lines += ["", f"Image rows that the old model has right ({recipe}), percent: {', '.join(kept)}."]
-    return "\n".join(lines) + "\n"
-
-
-def setting(results: dict[str, list[dict]], metric: str) -> str:
-    runs = next(iter(results.values()))
-    pairs = runs[0]["test_pairs"]
-    seeds = "one seed" if len(runs) == 1 else f"mean and standard deviation of {len(runs)} seeds"
-    return f"In percent, {seeds}. Pairs in the tests: {', '.join(f'{name} {n}' for name, n in pairs.items())}."
-
-
-def table(results: dict[str, list[dict]], columns: dict[str, Callable[[dict], float]]) -> str:
-    """A row a recipe, and a row for its difference to the first recipe, paired by seed."""
-    recipes = list(results)
-    lines = ["| recipe | " + " | ".join(columns) + " |", "|---" * (1 + len(columns)) + "|"]
-    for recipe in recipes:
-        lines.append(
-            f"| {recipe} | " + " | ".join(spread(results[recipe], value) for value in columns.values()) + " |"
-        )
-    for recipe in recipes[1:]:
-        pairs = list(zip(results[recipe], results[recipes[0]], strict=True))
-        cells = [spread(pairs, lambda pair, v=value: v(pair[0]) - v(pair[1])) for value in columns.values()]
-        lines.append(f"| {recipe} - {recipes[0]} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def right_after(run: dict, metric: str, phase: int) -> float:
-    """The test that phase `phase` teaches, right after it."""
-    return run["matrix"][metric][phase][run["learned_at"].index(phase)]
-
-
-def spread(runs: list, value: Callable[[Any], float]) -> str:
-    values = [100 * value(run) for run in runs]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
-
-
-def draw(results: dict[str, list[dict]], metric: str, path: Path) -> None:
-    """One panel a test: its recall after every phase, a line a recipe with the range over seeds."""
+def write_comparison(runs: dict[str, Sequence[RecordedRun]], metric: str, text: str, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+    matrices = {recipe: [run.matrix(metric) for run in seeds] for recipe, seeds in runs.items()}
     try:
-        import matplotlib
-    except ImportError:
-        print("No picture: pip install 'hf_modx[plots]'")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        draw_curves(matrices, folder / "comparison.png", f"{metric_name(metric)}, %")
+    except ImportError as error:
+        print(f"No picture. {error}")
 
-    first = next(iter(results.values()))[0]
-    styles = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#56B4E9", "v")]
-    figure, axes = plt.subplots(
-        1, len(first["tests"]), figsize=(3 * len(first["tests"]), 3.2), sharey=True, constrained_layout=True
-    )
-    ticks = range(len(first["phases"]) + 1)
-    for test, axis in enumerate(axes):
-        for (recipe, runs), (color, marker) in zip(results.items(), styles, strict=False):
-            curves = [[100 * row[test] for row in run["matrix"][metric]] for run in runs]
-            columns = list(zip(*curves, strict=True))
-            axis.plot(ticks, [statistics.mean(c) for c in columns], color=color, marker=marker, label=recipe)
-            axis.fill_between(
-                ticks, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15, lw=0
-            )
-        learned_at = first["learned_at"][test]
-        axis.axvline(learned_at, color="grey", lw=1, ls=":")
-        axis.set_title(f"test: {first['tests'][test]}")
-        axis.set_xticks(ticks, ["start", *first["phases"]], rotation=40, ha="right")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(f"{metric.replace('_', '-')}, %")
-    axes[0].legend(frameon=False)
-    figure.supxlabel("after phase (dotted: the phase that teaches the test)")
-    figure.savefig(path, dpi=110)
+
+def write_card(run: RecordedRun, folder: Path) -> None:
+    """The card of a run's last phase as RUN-phase-K.md, its picture beside it under the same name."""
+    number = len(run.results["phases"])
+    name = f"{run.name}-phase-{number}"
+    with TemporaryDirectory() as scratch:
+        write_card_of_run(run.folder, number, Path(scratch))
+        card = (Path(scratch) / "README.md").read_text(encoding="utf-8")
+        (folder / f"{name}.md").write_text(card.replace(f"]({PICTURE})", f"]({name}.png)"), encoding="utf-8")
+        if (Path(scratch) / PICTURE).exists():
+            shutil.copy(Path(scratch) / PICTURE, folder / f"{name}.png")
 
 
 if __name__ == "__main__":

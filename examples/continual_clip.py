@@ -55,19 +55,20 @@ from pathlib import Path
 
 import datasets
 import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.card_metadata import metric_name
-from hf_modx.cli import parse_arguments
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
 from hf_modx.demo_streams import DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
+from hf_modx.load_data import at_most, load_splits
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
 from hf_modx.recipes import recipe_arguments, recipe_name
+from hf_modx.yaml_arguments import parse_arguments
 
 logger = logging.getLogger("hf_modx.example")
 
@@ -288,16 +289,14 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[P
     else:
         stream = published_stream(script)
         if stream is None:
-            data = load_data(script.dataset_name, script.dataset_config_name, args)
+            data = load_splits(script.dataset_name, script.dataset_config_name, args.image_column)
             stream = cut_into_phases(data, script, args.seed)
 
-    def at_most(name: str, part: Dataset) -> Dataset:
+    def limited(name: str, part: Dataset) -> Dataset:
         limit = script.max_eval_samples if name.endswith("(test)") else script.max_train_samples
-        if limit is None or limit >= len(part):
-            return part
-        return part.shuffle(seed=args.seed).select(range(limit))
+        return at_most(part, limit, args.seed)
 
-    stream = stream.map_parts(at_most)
+    stream = stream.map_parts(limited)
     return stream.with_union_test() if script.union_test else stream, tests
 
 
@@ -311,26 +310,6 @@ def published_stream(script: ScriptArguments) -> PhaseStream | None:
         return PhaseStream.from_hub(script.dataset_name)
     except NotAStream:
         return None
-
-
-def load_data(name: str, config: str | None, args: ModXTrainingArguments) -> DatasetDict:
-    path = Path(name)
-    if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-        data = load_from_disk(name)
-        data = data if isinstance(data, DatasetDict) else DatasetDict(train=data)
-    elif path.suffix == ".parquet":
-        data = load_dataset("parquet", data_files=name)
-    else:
-        data = load_dataset(name, config)
-    return DatasetDict({split: with_images(dataset, args.image_column) for split, dataset in data.items()})
-
-
-def with_images(dataset: Dataset, column: str) -> Dataset:
-    """Paths and bytes, as parquet files hold them, become images."""
-    feature = dataset.features.get(column)
-    if feature is None or isinstance(feature, datasets.Image):
-        return dataset
-    return dataset.cast_column(column, datasets.Image())
 
 
 def cut_into_phases(data: DatasetDict, script: ScriptArguments, seed: int) -> PhaseStream:

@@ -52,8 +52,10 @@ from .run_folder import (
 )
 from .stream_checks import StreamChecks
 from .teacher_cache import CachedTeacher
+from .tracking import track_as_one_run
 from .trainer import ModXTrainer
 from .training_args import ModXTrainingArguments
+from .training_log import thinned_log
 
 logger = logging.getLogger(__name__)
 
@@ -442,7 +444,8 @@ class ContinualRun:
             args.peft = None
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
             args.max_steps = self.steps(number)  # not those of an epoch of all data
-        return ModXTrainer(
+        args.run_name = args.run_name or self.folder.resolve().name  # one run for the trackers
+        trainer = ModXTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,
@@ -451,6 +454,12 @@ class ContinualRun:
             callbacks=list(self.callbacks),
             loss_callbacks=self.loss_callbacks,
         )
+        steps = [self.steps(k) for k in range(1, number + 1)]
+        name = f"phase-{number}-{self.stream.phases[number - 1].name if number else 'start'}"
+        track_as_one_run(
+            trainer, self.folder, name, list(self.tests), steps_before=sum(steps[:-1]), steps=sum(steps[-1:])
+        )
+        return trainer
 
     def _load_phase(self, number: int) -> nn.Module:
         return self._load(self.phase_folder(number))
@@ -639,7 +648,7 @@ def _state_of(checkpoint: str) -> TrainerState:
 
 
 def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
-    """What the log of a phase says in short: how many rows the old model had right, and the time."""
+    """What the log of a phase says in short: how many rows the old model had right, the time, and the curves."""
     history = trainer.state.log_history
     record: dict[str, Any] = {"steps": trainer.state.global_step, "pairs": len(trainer.train_dataset)}
     if trainer.memory is not None:
@@ -654,4 +663,5 @@ def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     joules = [entry["train_energy_joules"] for entry in history if "train_energy_joules" in entry]
     if joules:
         record["train_energy_joules"] = joules[-1]
+    record["log"] = thinned_log(history)
     return record

@@ -144,8 +144,7 @@ def embed_images(dual_encoder: nn.Module, pixel_values: Tensor, **more: Tensor) 
 
 def vision_features(dual_encoder: nn.Module, pixel_values: Tensor, **more: Tensor) -> Tensor:
     """What the vision tower says of N images before the projection into the common space, (N, H)."""
-    tower = {"attention_mask" if name == "pixel_attention_mask" else name: part for name, part in more.items()}
-    return dual_encoder.vision_model(pixel_values=pixel_values, **tower).pooler_output
+    return dual_encoder.vision_model(pixel_values=pixel_values, **more).pooler_output
 
 
 def embed_texts(dual_encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

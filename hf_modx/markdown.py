@@ -14,9 +14,13 @@ def escaped(text: object) -> str:
     What could have a meaning becomes a character reference, which Markdown takes literally everywhere but in code.
     Control characters, also those that turn the direction of writing, are left out.
     """
+    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", one_line(text))
+
+
+def one_line(text: object) -> str:
+    """The text without line breaks, control characters and those that turn the direction of writing."""
     line = " ".join(str(text).split())
-    line = "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs") and c not in BIDIRECTIONAL)
-    return SPECIAL.sub(lambda match: f"&#{ord(match[0])};", line)
+    return "".join(c for c in line if unicodedata.category(c) not in ("Cc", "Cs") and c not in BIDIRECTIONAL)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -163,9 +163,11 @@ def test_forgetting_removed_is_a_ratio_of_means():
     def own(reached, last):
         return {"reached": tables.spread(reached), "last": tables.spread(last), "plasticity": tables.spread(reached)}
 
-    finetune = own({0: 0.8, 1: 0.82, 2: 0.81}, {0: 0.4, 1: 0.41, 2: 0.42})
+    finetune = own({0: 0.8, 1: 0.82, 2: 0.81, 3: 0.1}, {0: 0.4, 1: 0.41, 2: 0.42, 3: 0.1})
     recipe = own({0: 0.7, 1: 0.7, 2: 0.7}, {0: 0.5, 1: 0.53, 2: 0.5})
-    assert tables.comparisons(recipe, finetune, None)["forgetting_removed"] == pytest.approx(0.1 / 0.4)
+    found = tables.comparisons(recipe, finetune, None)
+    assert found["forgetting_removed"] == pytest.approx(0.1 / 0.4)  # of the seeds that both have
+    assert found["relative_plasticity"] == pytest.approx(0.7 / 0.81)
 
 
 @pytest.mark.parametrize("last", [{0: 0.4}, {0: 0.1, 1: 0.9}])

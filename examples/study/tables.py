@@ -178,9 +178,13 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
         found["gap_to_joint"] = paired(joint["last"], own["last"])
     if finetune is None:
         return found
+    shared = own["last"]["by_seed"].keys() & finetune["last"]["by_seed"].keys()
+    if not shared:
+        return found
     found["last_less_finetune"] = paired(own["last"], finetune["last"])
-    found["relative_plasticity"] = ratio(own["plasticity"]["mean"], finetune["plasticity"]["mean"])
-    lost = paired(finetune["reached"], finetune["last"])
+    learned = (mean(part["plasticity"]["by_seed"][seed] for seed in shared) for part in (own, finetune))
+    found["relative_plasticity"] = ratio(*learned)
+    lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
     gained = found["last_less_finetune"]
     if lost["error"] is not None and gained["mean"] is not None and lost["mean"] >= 3 * lost["error"] > 0:
         found["forgetting_removed"] = gained["mean"] / lost["mean"]

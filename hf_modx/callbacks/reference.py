@@ -14,7 +14,7 @@ from ..data import PairCollator, as_captions
 from ..distributed import all_gather_rows, on_each_process, process_index, world_size
 from ..embeddings import embed_images, embed_texts
 from ..images import to_rgb
-from ..tables import with_images
+from ..load_data import with_images
 
 
 def reference_images(table: Dataset, column: str) -> Dataset:

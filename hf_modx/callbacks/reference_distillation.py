@@ -9,9 +9,9 @@ from transformers import AutoModel, AutoProcessor
 
 from ..data import PairCollator
 from ..embeddings import PairEmbeddings, check_dual_encoder
+from ..load_data import load_table
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
-from ..tables import load_table
 from .base import LossCallback, LossContext, PhaseBoundary
 from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts
 

@@ -8,6 +8,7 @@ modalities turn alike; `intermodal_rotation` says how far they do not.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -214,6 +215,12 @@ def _shape_change(old: Tensor, new: Tensor, tile: int, sharded: bool) -> Histogr
 
 def _arccos(cosines: Tensor) -> Tensor:
     return cosines.clamp_(-1, 1).arccos_().rad2deg_()
+
+
+def bin_names(bins: Sequence[float]) -> list[str]:
+    """What the bins up to these bounds are called, as in "(5, 10]", the last one up to 180 degrees."""
+    bounds = [0, *bins, 180]
+    return [f"{'(' if number else '['}{low:g}, {high:g}]" for number, (low, high) in enumerate(pairwise(bounds))]
 
 
 def _histogram(degrees: Tensor, bins: Sequence[float]) -> Histogram:

@@ -22,9 +22,9 @@ import yaml
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
+from ..load_data import load_table, require_columns, with_images
 from ..phases import content_fingerprint
 from ..prompts import TEMPLATES, check_templates
-from ..tables import load_table, require_columns, with_images
 from .encoding import Encoder
 from .linear_probe import linear_probe_accuracy
 from .zero_shot import class_embeds, zero_shot_metrics

@@ -28,9 +28,9 @@ from datasets import Dataset
 
 from ..callbacks.classification import class_pairs
 from ..evaluation.suite import EvaluationTest, RetrievalTest, ZeroShotTest
+from ..load_data import load_table, require_columns, with_images
 from ..phases import Phase, PhaseStream
 from ..prompts import TEMPLATES
-from ..tables import load_table, require_columns, with_images
 
 FOLDER = Path(__file__).parent
 PROTOCOLS = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))

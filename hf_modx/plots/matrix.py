@@ -1,11 +1,10 @@
-"""Pictures of a run. They need matplotlib: `pip install 'hf_modx[plots]'`."""
+"""A heat map of the phase x test matrix."""
 
 import math
-import os
-import textwrap
 from pathlib import Path
 
-from .evaluation import EvaluationMatrix
+from ..evaluation import EvaluationMatrix
+from .style import LARGE, NORMAL, PLAIN_TEXT, lines_of, new_figure, save_figure
 
 CELL = (0.72, 0.42)
 """Width and height of a cell in inches."""
@@ -16,11 +15,8 @@ COLOURS = "cividis"
 DARK = 0.47
 """Below this part of the ramp white reads better on it than black (WCAG contrast)."""
 
-PLAIN_TEXT = {"parse_math": False, "usetex": False}
-"""A dollar sign in a name is a dollar sign."""
 
-
-def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str) -> None:
+def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str, brightest: float | None = None) -> None:
     """A heat map of the matrix with its numbers in percent, as PNG; the cell of the phase that teaches a test is
     framed and bold, one that is not measured is grey.
 
@@ -31,31 +27,31 @@ def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str) -> None:
         matrix: with at least one phase or the initial row, and at least one test.
         path: of the file, in a folder that is made if need be; a reader sees the old or the new one, never a part.
         title: stands above.
+        brightest: the value at the bright end of the ramp, to compare pictures; default: the largest of the matrix.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: that keeps figures and settings of the whole process
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'hf_modx[plots]'") from error
-
     rows = (["start"] if matrix.has_initial_row else []) + matrix.phases
-    figure = Figure(figsize=(CELL[0] * len(matrix.tests), CELL[1] * len(rows)), facecolor="white")
+    figure = new_figure(CELL[0] * len(matrix.tests), CELL[1] * len(rows))
+    figure.set_layout_engine("none")  # cells of one size, whatever stands around them
     axes = figure.add_axes((0, 0, 1, 1), facecolor="lightgrey")
-    brightest = max((value for value in matrix.values.ravel() if not math.isnan(value)), default=0) or 1
+    brightest = brightest or largest_value(matrix)
     axes.imshow(matrix.values, cmap=COLOURS, vmin=0, vmax=brightest, aspect="auto", interpolation="nearest")
     for row in range(len(rows)):
         for test in range(len(matrix.tests)):
             _write_cell(axes, matrix, row, test, brightest)
     _name_axes(axes, rows, matrix.tests)
-    axes.set_title(_lines(title, 60), fontsize=11, pad=10, color="black", **PLAIN_TEXT)
+    axes.set_title(lines_of(title, 60), fontsize=LARGE, pad=10, color="black", **PLAIN_TEXT)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors="black")
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
-    os.replace(temporary, path)
+    save_figure(figure, path)
+
+
+def largest_value(*matrices: EvaluationMatrix) -> float:
+    """Of all their cells; 1 where nothing was measured or all is 0."""
+    values = [value for matrix in matrices for value in matrix.values.ravel() if not math.isnan(value)]
+    return max(values, default=0) or 1
 
 
 def _write_cell(axes, matrix: EvaluationMatrix, row: int, test: int, brightest: float) -> None:
@@ -65,7 +61,9 @@ def _write_cell(axes, matrix: EvaluationMatrix, row: int, test: int, brightest: 
     learned_here = matrix.learned_at[test] == phase
     text = "-" if math.isnan(value) else f"{100 * value:.1f}"
     weight = "bold" if learned_here else "normal"
-    axes.text(test, row, text, color=colour, fontsize=10, fontweight=weight, ha="center", va="center", **PLAIN_TEXT)
+    axes.text(
+        test, row, text, color=colour, fontsize=NORMAL, fontweight=weight, ha="center", va="center", **PLAIN_TEXT
+    )
     if learned_here:
         from matplotlib.patches import Rectangle
 
@@ -74,16 +72,10 @@ def _write_cell(axes, matrix: EvaluationMatrix, row: int, test: int, brightest: 
 
 
 def _name_axes(axes, rows: list[str], tests: list[str]) -> None:
-    columns = [_lines(name, 22) for name in tests]
+    columns = [lines_of(name, 22) for name in tests]
     slanted = any(len(line) > 9 for name in columns for line in name.splitlines())
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks(range(len(tests)), columns, fontsize=10, **turned, **PLAIN_TEXT)
-    axes.set_yticks(range(len(rows)), [_lines(name, 30) for name in rows], fontsize=10, **PLAIN_TEXT)
-    axes.set_xlabel("test", fontsize=10, color="black")
-    axes.set_ylabel("after phase", fontsize=10, color="black")
-
-
-def _lines(name: str, width: int) -> str:
-    """At most two lines of printable characters; what is longer ends in an ellipsis."""
-    printable = "".join(character if character.isprintable() else " " for character in name)
-    return "\n".join(textwrap.wrap(printable, width, max_lines=2, placeholder=" …"))
+    axes.set_xticks(range(len(tests)), columns, fontsize=NORMAL, **turned, **PLAIN_TEXT)
+    axes.set_yticks(range(len(rows)), [lines_of(name, 30) for name in rows], fontsize=NORMAL, **PLAIN_TEXT)
+    axes.set_xlabel("test", fontsize=NORMAL, color="black")
+    axes.set_ylabel("after phase", fontsize=NORMAL, color="black")
