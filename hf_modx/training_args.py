@@ -133,7 +133,7 @@ class ModXTrainingArguments(TrainingArguments):
     train_logit_scale: bool = field(default=False, metadata={"help": "With peft: train the logit scale beside it."})
 
     spatial_disorder: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "ContinualRun compares the tests' embeddings after a phase with those before it and at the start: "
             "changes of angles, rotations of the modalities."

@@ -203,7 +203,7 @@ def whole(tmp_path_factory):
     args = ModXTrainingArguments(
         output_dir=str(tmp_path_factory.mktemp("whole") / "out"), per_device_train_batch_size=8, max_steps=3,
         learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
-        spatial_disorder=True, imav_samples=5,
+        imav_samples=5,
     )  # fmt: skip
     return finish(args)
 
@@ -235,7 +235,7 @@ def test_card_shows_the_angles(whole):
 
 
 def test_interrupted_run_finds_the_same_disorder(whole, make_args):
-    settings = {"max_steps": 3, "spatial_disorder": True, "imav_samples": 5, "per_device_eval_batch_size": 8}
+    settings = {"max_steps": 3, "imav_samples": 5, "per_device_eval_batch_size": 8}
     phases = stream()
     finish(make_args(**settings), PhaseStream(phases.phases[:1], base=phases.base))
     _, continued = finish(make_args(**settings))
@@ -253,13 +253,13 @@ def test_interrupted_run_finds_the_same_disorder(whole, make_args):
 
 
 def test_stream_without_a_base_has_no_training_pairs_of_the_start(make_args):
-    _, results = finish(make_args(max_steps=3, spatial_disorder=True, imav_samples=4), stream(base=False))
+    _, results = finish(make_args(max_steps=3, imav_samples=4), stream(base=False))
     second = results["spatial_disorder"]["phases"][2]
     assert "imav" in second["since_previous"] and "imav" not in second["since_start"]
 
 
 def test_without_it_neither_results_nor_card_have_a_place_for_it(make_args):
-    run, results = finish(make_args(max_steps=3))
+    run, results = finish(make_args(max_steps=3, spatial_disorder=False))
     assert "spatial_disorder" not in results
     assert "embeddings have moved" not in (run.phase_folder(2) / "README.md").read_text()
 
@@ -281,4 +281,4 @@ def test_large_tests_are_thinned_evenly(monkeypatch):
 
 def test_training_pairs_without_disorder_are_refused(make_args):
     with pytest.raises(ValueError, match="imav_samples"):
-        make_args(imav_samples=5)
+        make_args(spatial_disorder=False, imav_samples=5)

@@ -267,7 +267,8 @@ def test_page_of_nasty_names_has_no_script_and_asks_nothing_of_a_network(nasty_r
     assert not re.search(r"url\(|@import", text)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;") and "script" not in policy
-    assert sum(tag == "img" for tag, _ in page.elements) == 9  # 2 curves, trade-off, training, 2 disorder, 2 matrices, 1 example
+    # 2 curves, trade-off, training, 2 disorder, 2 matrices, 1 example
+    assert sum(tag == "img" for tag, _ in page.elements) == 9
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")
