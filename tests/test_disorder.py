@@ -202,7 +202,8 @@ def whole(tmp_path_factory):
     """A run that was not interrupted."""
     args = ModXTrainingArguments(
         output_dir=str(tmp_path_factory.mktemp("whole") / "out"), per_device_train_batch_size=8, max_steps=3,
-        learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, imav_samples=5,
+        learning_rate=1e-3, save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        imav_samples=5,
     )  # fmt: skip
     return finish(args)
 

@@ -180,9 +180,11 @@ def _of_modality(old: Tensor, new: Tensor, rotation: _Rotation, tile: int, shard
 
 
 def _intermodal(of_images: _Rotation, of_texts: _Rotation, vectors: Tensor) -> float | None:
-    directions, cosines, _ = torch.linalg.svd(of_images.right @ of_texts.right.T, full_matrices=False)
-    shared = directions[:, cosines > 1 - SHARED].T @ of_images.right
-    inside = vectors @ shared.T @ shared
+    inside = vectors
+    if min(len(of_images.right), len(of_texts.right)) < vectors.shape[1]:  # else both span everything
+        directions, cosines, _ = torch.linalg.svd(of_images.right @ of_texts.right.T, full_matrices=False)
+        shared = directions[:, cosines > 1 - SHARED].T @ of_images.right
+        inside = vectors @ shared.T @ shared
     norms = inside.norm(dim=1, keepdim=True)
     if not (norms > SPANNED).any():
         return None
