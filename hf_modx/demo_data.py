@@ -35,6 +35,7 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, DatasetInfo, Features, List, Value
 from datasets.utils import tqdm
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
@@ -408,9 +409,9 @@ def demo_dataset(cache_dir: str | os.PathLike | None = None) -> DatasetDict:
     """The emoji data of `build_demo_dataset`, drawn once (less than a minute) and then memory-mapped from the cache.
 
     The folder is `<cache_dir or datasets.config.HF_DATASETS_CACHE>/hf_modx/emoji-v<DATA_VERSION>-<fingerprint>`, where
-    the fingerprint covers the versions of the source packages. Two processes may race: both get the same copy. Where
-    a source package is not installed, a copy that was drawn elsewhere and carried into the cache is as good; without
-    one ImportError names the packages.
+    the fingerprint covers the versions of the source packages. Of several processes one draws, and the others wait.
+    Where a source package is not installed, a copy that was drawn elsewhere and carried into the cache is as good;
+    without one ImportError names the packages.
     """
     folder, name = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "hf_modx", f"emoji-v{DATA_VERSION}"
     try:
@@ -422,8 +423,10 @@ def demo_dataset(cache_dir: str | os.PathLike | None = None) -> DatasetDict:
         return datasets.load_from_disk(str(carried[-1]))
     target = folder / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _save_atomically(build_demo_dataset(), target)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{target.name}.lock"):
+            if not target.is_dir():
+                _save_atomically(build_demo_dataset(), target)
     return datasets.load_from_disk(str(target))
 
 

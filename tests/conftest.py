@@ -8,9 +8,11 @@ from hub_server import reserve_port
 
 # Read by huggingface_hub and datasets at import time. The Hub is a port of this machine where nobody listens
 # except while a test uses the fixture `hub`.
-_HOME = tempfile.mkdtemp(prefix="hf_modx-tests-")
+# The workers of one run share the caches of the process that started them.
+_HOME = os.environ.get("HF_MODX_TESTS_HOME") or tempfile.mkdtemp(prefix="hf_modx-tests-")
 _HUB_PORT = reserve_port()
 os.environ.update(
+    HF_MODX_TESTS_HOME=_HOME,
     HF_HOME=_HOME,
     HF_DATASETS_CACHE=f"{_HOME}/datasets",
     HF_ENDPOINT=f"http://127.0.0.1:{_HUB_PORT.getsockname()[1]}",
