@@ -398,9 +398,6 @@ def _save_atomically(data: DatasetDict, target: Path) -> None:
         data.save_to_disk(scratch)
         (scratch / "ATTRIBUTION.md").write_text(_attribution_text(), encoding="utf-8")
         os.replace(scratch, target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process was first, and its copy is as good
-            raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

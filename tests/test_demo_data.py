@@ -2,9 +2,9 @@
 
 import importlib.metadata
 import logging
-import os
-import shutil
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -207,14 +207,23 @@ def test_attribution_covers_every_style():
     assert tuple(record.style for record in ATTRIBUTION) == STYLES
 
 
-def test_loser_of_a_race_uses_the_winners_copy(data, cache, tmp_path, monkeypatch):
+def copies(folder):
+    return [path for path in (folder / "hf_modx").iterdir() if not path.name.endswith(".lock")]
+
+
+def test_of_several_that_come_at_once_one_draws(data, tmp_path, monkeypatch):
+    drawn = []
+
     def slow_build():
-        shutil.copytree(cache, tmp_path, dirs_exist_ok=True)  # the winner arrives while this one is drawing
+        drawn.append(1)
+        time.sleep(0.3)
         return data
 
     monkeypatch.setattr(demo_data, "build_demo_dataset", slow_build)
-    assert demo_dataset(tmp_path)["noto"]["concept"][:] == data["noto"]["concept"][:]
-    assert len(os.listdir(tmp_path / "hf_modx")) == 1
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda _: demo_dataset(tmp_path), range(3)))
+    assert len(drawn) == len(copies(tmp_path)) == 1
+    assert all(copy["noto"]["concept"][:] == data["noto"]["concept"][:] for copy in found)
 
 
 def test_failed_save_leaves_nothing_behind(data, tmp_path, monkeypatch):
@@ -225,7 +234,7 @@ def test_failed_save_leaves_nothing_behind(data, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_data.os, "replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
         demo_dataset(tmp_path)
-    assert os.listdir(tmp_path / "hf_modx") == []
+    assert copies(tmp_path) == []
 
 
 def test_other_data_version_gets_its_own_folder(data, tmp_path, monkeypatch):
@@ -233,7 +242,7 @@ def test_other_data_version_gets_its_own_folder(data, tmp_path, monkeypatch):
     demo_dataset(tmp_path)
     monkeypatch.setattr(demo_data, "DATA_VERSION", demo_data.DATA_VERSION + 1)
     demo_dataset(tmp_path)
-    assert len(os.listdir(tmp_path / "hf_modx")) == 2
+    assert len(copies(tmp_path)) == 2
 
 
 @pytest.fixture
