@@ -209,7 +209,10 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     use_all_cores(args)
     stream, tests = load_stream(script, args)
     if script.tests is not None:
-        tests |= load_tests(script.tests)
+        further = load_tests(script.tests)
+        if repeated := sorted(set(tests) & set(further)):
+            raise SystemExit(f"{script.tests}: the protocol has tests of the names {', '.join(repeated)} already.")
+        tests |= further
     if script.dry_run:
         if args.process_index == 0:
             print(plan(stream, script, args))

@@ -8,16 +8,20 @@ their changes is `s B A` again, of k times the rank, so a reader needs the base 
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from .files import read_json
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -103,11 +107,19 @@ def save_adapter(
     config.save_pretrained(folder)
 
 
-def load_merged(base: nn.Module, folder: Path) -> nn.Module:
-    """The base with the adapter of a folder merged into its weights."""
+def adapter_settings(name: str | os.PathLike, revision: str | None = None) -> dict[str, Any] | None:
+    """What `adapter_config.json` holds where a folder or a repository on the Hub is an adapter; None for a model."""
+    file = find_adapter_config_file(os.fspath(name), revision=revision)
+    if file is None or (Path(name) / "config.json").exists():
+        return None
+    return read_json(Path(file))
+
+
+def load_merged(base: nn.Module, adapter: str | os.PathLike, revision: str | None = None) -> nn.Module:
+    """The base with the adapter of a folder, or of a repository on the Hub, merged into its weights."""
     peft = load_peft()
     with _without_peft_warnings():
-        return merged(peft.PeftModel.from_pretrained(base, folder))
+        return merged(peft.PeftModel.from_pretrained(base, adapter, revision=revision))
 
 
 def _beside(earlier: Tensor | None, own: Tensor, name: str) -> Tensor:

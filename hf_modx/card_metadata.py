@@ -70,7 +70,7 @@ def _eval_results(results: Mapping[str, Any], number: int) -> list[EvalResult]:
     return [
         eval_result(test, metric, rows[number][column], source_of_test(results, test))
         for column, test in enumerate(results["tests"])
-        for metric, rows in results["matrix"].items()
+        for metric, rows in {**results["matrix"], **results.get("ranks", {})}.items()
         if rows[number][column] is not None
     ]
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from torch import nn
-from transformers import AutoModel, AutoProcessor, TrainerCallback, TrainerState
+from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_recipe, replay_of
@@ -36,6 +36,7 @@ from .identity import changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
+from .pretrained import load_model
 from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
@@ -241,7 +242,7 @@ class ContinualRun:
             name = model
             processing_class = processing_class or AutoProcessor.from_pretrained(model, revision=revision)
             # Weights are trained in fp32 whatever they are stored in; bf16 is a matter of autocast.
-            model = AutoModel.from_pretrained(model, revision=revision, dtype=torch.float32)
+            model = load_model(model, revision)
             self.source = on_main_process(lambda: model_source(name, revision))
         check_dual_encoder(model)
         if has_adapter(model):

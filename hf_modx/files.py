@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 
 def write_text(path: Path, content: str) -> None:
     """Write to a temporary name, flush to the disk, rename."""
@@ -24,6 +26,18 @@ def as_json(content: Any) -> str:
 def write_json(path: Path, content: Any) -> None:
     """`write_text` of the content as JSON."""
     write_text(path, as_json(content))
+
+
+def read_yaml(path: Path) -> Any:
+    """The content.
+
+    Raises:
+        ValueError: it is no YAML; the message names the file and the line.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}") from error
 
 
 def read_json(path: Path) -> Any | None:

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 TEMPLATE = files("hf_modx").joinpath("templates", "phase_card.md")
 PICTURE = "plots/matrix.png"
 HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
+OF_LABELS = ("zero_shot_top1", "linear_probe_top1")
+"""Metrics of tests of labels that have a matrix of their own below the first one."""
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
 SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
@@ -191,6 +193,7 @@ def phase_card(
         what=_what(identity, results, number),
         headline=metric_name(headline),
         matrix=_matrix_table(results, number, headline),
+        matrices_of_labels=_matrices_of_labels(results, number, headline),
         picture=picture,
         summary=_summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",
@@ -338,14 +341,17 @@ def _headlines(results: Mapping[str, Any]) -> list[str]:
 
 
 def _matrix(results: Mapping[str, Any], number: int, metric: str, name=str) -> EvaluationMatrix:
-    """The matrix as it was after phase `number`; `name` changes the names of phases and tests."""
+    """The matrix as it was after phase `number`, of the tests that have the metric; `name` changes the names of phases
+    and tests."""
     rows = results["matrix"][metric][: number + 1]
-    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    columns = range(len(results["tests"]))
+    columns = [column for column in columns if any(row[column] is not None for row in rows)] or columns
+    learned_at = [results["learned_at"][column] for column in columns]
     return EvaluationMatrix(
         [name(phase) for phase in results["phases"][:number]],
-        [name(test) for test in results["tests"]],
-        rows,
-        learned_at,
+        [name(results["tests"][column]) for column in columns],
+        [[row[column] for column in columns] for row in rows],
+        [k if k is None or k <= number else None for k in learned_at],
     )
 
 
@@ -356,6 +362,13 @@ def _is_empty(matrix: EvaluationMatrix) -> bool:
 def _matrix_table(results: Mapping[str, Any], number: int, metric: str) -> str:
     matrix = _matrix(results, number, metric, escaped)
     return "" if _is_empty(matrix) else matrix.to_markdown()
+
+
+def _matrices_of_labels(results: Mapping[str, Any], number: int, headline: str) -> list[tuple[str, str]]:
+    """Name and table of each metric of tests of labels; the headline's stands above them."""
+    metrics = [metric for metric in OF_LABELS if metric in results["matrix"] and metric != headline]
+    tables = [(metric_name(metric), _matrix_table(results, number, metric)) for metric in metrics]
+    return [(name, table) for name, table in tables if table]
 
 
 def _summary_table(results: Mapping[str, Any], number: int, metrics: Sequence[str]) -> str:

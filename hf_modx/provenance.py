@@ -15,6 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download, try_to_lo
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .adapter import ADAPTER_CONFIG
+
 PACKAGES = ("hf_modx", "transformers", "accelerate", "datasets", "torch")
 HUB_DATASET = re.compile(
     r"https://(?:huggingface|hf)\.co/datasets/([\w.-]+/[\w.-]+)(?:/(?:tree|blob|resolve)/([\w.-]+))?/?"
@@ -29,25 +31,28 @@ def model_source(name_or_path: str | os.PathLike, revision: str | None = None) -
 
     Returns:
         `name` (the repository, or the last part of a local path and nothing else of it); for a model from the Hub
-        also `repo_id`, `revision` and `commit`; `licence`, `licence_name` and `licence_link` as its card states them.
+        also `repo_id`, `revision` and `commit`; `is_adapter` where it is one; `licence`, `licence_name` and
+        `licence_link` as its card states them.
     """
     name = os.fspath(name_or_path)
     if not is_hub_id(name):
-        return {"name": Path(name).resolve().name, **_licence(name, revision)}
-    commit = cached_commit(name, revision)
+        return {"name": Path(name).resolve().name, **_kind(Path(name)), **_licence(name, revision)}
+    folder, commit = _cached_folder(name, revision), cached_commit(name, revision)
     source = {"name": name, "repo_id": name, "revision": revision, "commit": commit}
-    return {key: value for key, value in source.items() if value} | _licence(name, commit or revision)
+    kind = _kind(folder) if folder is not None else {}
+    return {key: value for key, value in source.items() if value} | kind | _licence(name, commit or revision)
 
 
 def adapter_base(model: Mapping[str, Any], repo_id: str | None) -> tuple[str, str | None]:
     """Where the model lies that the adapters of a run belong to, by name and revision: the Hub, as the start model of
-    the run or as phase 0 of the run's own repository; else the folder `phase-0` beside the adapter's.
+    the run or, where that was an adapter or did not come from the Hub, as phase 0 of the run's own repository; else
+    the folder `phase-0` beside the adapter's.
 
     Args:
         model: what `model_source` says of the start model.
         repo_id: where the run is published, if it is.
     """
-    if "repo_id" in model:
+    if "repo_id" in model and not model.get("is_adapter"):
         return model["repo_id"], model.get("commit", model.get("revision"))
     return (repo_id, "phase-0") if repo_id is not None else ("phase-0", None)
 
@@ -63,11 +68,19 @@ def is_hub_id(name: str) -> bool:
 
 def cached_commit(repo_id: str, revision: str | None = None) -> str | None:
     """SHA of the commit that the Hub's cache holds for a revision of a model; None where it holds none."""
-    path = try_to_load_from_cache(repo_id, "config.json", revision=revision)
-    if not isinstance(path, str):
-        return None
-    parts = Path(path).parts
-    return parts[parts.index("snapshots") + 1]
+    folder = _cached_folder(repo_id, revision)
+    return folder.parts[folder.parts.index("snapshots") + 1] if folder is not None else None
+
+
+def _cached_folder(repo_id: str, revision: str | None) -> Path | None:
+    """Where the Hub's cache holds the configuration of a model or of an adapter."""
+    found = (try_to_load_from_cache(repo_id, file, revision=revision) for file in ("config.json", ADAPTER_CONFIG))
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+
+
+def _kind(folder: Path) -> dict[str, bool]:
+    is_adapter = (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+    return {"is_adapter": True} if is_adapter else {}
 
 
 def data_source(dataset: Dataset) -> dict[str, Any]:

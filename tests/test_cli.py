@@ -215,6 +215,8 @@ def test_evaluate_takes_declared_tests_of_all_kinds(place, tmp_path, capsys):
     assert values["may"]["image_to_text_recall@1"] == measured[1][0]
     assert 0 <= values["shapes"]["zero_shot_top1"] <= 1
     assert "| zero-shot top-1" in capsys.readouterr().out.lower()
+    assert main([str(argument) for argument in [*argv, "--max_samples", "2"]]) == 0
+    assert set(json.loads(out.read_text())["test_pairs"].values()) == {2}
 
 
 def test_disorder_is_that_of_the_results(place, tmp_path, capsys):

@@ -101,7 +101,7 @@ def test_card_reads_back_every_number_of_its_row(finished, tmp_path, number):
     }
     assert read == {
         (test, metric): rows[number][column]
-        for metric, rows in results["matrix"].items()
+        for metric, rows in {**results["matrix"], **results["ranks"]}.items()
         for column, test in enumerate(results["tests"])
     }
 
@@ -305,7 +305,7 @@ def test_eval_results_are_written_for_whole_splits_on_the_hub_alone(finished, tm
     entries = parse_eval_result_entries(yaml.safe_load(file.read_text()))
     assert {entry.dataset_id for entry in entries} == {"someone/shapes"}
     assert {entry.task_id: entry.value for entry in entries} == {
-        f"test_{metric}": rows[2][0] for metric, rows in results["matrix"].items()
+        f"test_{metric}": rows[2][0] for metric, rows in {**results["matrix"], **results["ranks"]}.items()
     }
 
 

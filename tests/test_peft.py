@@ -12,10 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, CLIPModel, TrainerCallback
 
 from hf_modx import ContinualRun, ModXTrainer, ModXTrainingArguments, PhaseStream
-from hf_modx.adapter import add_adapter, merged
+from hf_modx.adapter import add_adapter, has_adapter, merged
 from hf_modx.callbacks import EWC, Contrastive, WeightEnsemble, WiseFT
 from hf_modx.identity import changes
+from hf_modx.merging import merge_models
 from hf_modx.model_card import phase_card, write_card_of_run
+from hf_modx.pretrained import load_dual_encoder
 from hf_modx.trained_weights import leaves_of_trained_weights, set_trained_weights, trained_weights
 
 from card_schema import card_problems
@@ -38,7 +40,7 @@ def untested_stream():
     return PhaseStream(tuple(replace(phase, test=None) for phase in stream), base=replace(stream.base, test=None))
 
 
-def make_run(folder, processor, recipe="modx", stream=None, callbacks=(), start=None, **changes):
+def make_run(folder, processor, recipe="modx", stream=None, callbacks=(), start=None, revision=None, **changes):
     quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
     args = ModXTrainingArguments(
         **{"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 8, **quiet, **LORA, **changes}
@@ -50,6 +52,7 @@ def make_run(folder, processor, recipe="modx", stream=None, callbacks=(), start=
         model=start or tiny_clip(processor),
         processing_class=processor,
         recipe_args=OPTIONS.get(recipe),
+        revision=revision,
         callbacks=callbacks,
     )
 
@@ -158,6 +161,17 @@ def test_one_adapter_holds_all_phases_so_far(finished, monkeypatch):
         assert torch.equal(kept, tensor)
 
 
+def test_adapter_of_a_phase_is_read_as_any_model_is_from_wherever(finished, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    continual = finished(merge=False)
+    model, _ = load_dual_encoder(str(continual.phase_folder(2)))
+    assert type(model) is CLIPModel and not has_adapter(model)
+    assert same(model.state_dict(), continual._load_phase(2).state_dict())
+    first, second = (str(continual.phase_folder(number)) for number in (0, 2))
+    merge_models(first, second, 1.0, tmp_path / "merged")
+    assert same(load_file(tmp_path / "merged" / "model.safetensors"), model.state_dict())
+
+
 def test_kept_adapters_and_merged_ones_leave_the_same_models(finished):
     kept, plain = finished(merge=False), finished(merge=True)
     for number in (1, 2):
@@ -205,6 +219,19 @@ def test_adapter_of_a_phase_loads_from_its_revision(run, hub, monkeypatch):
     assert (config.base_model_name_or_path, config.revision) == ("owner/clip", "phase-0")
     elsewhere = run(folder="new", lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
     assert same(weights(elsewhere, 2), weights(continual, 2))
+
+
+def test_run_goes_on_from_the_adapter_of_a_revision(run, hub, monkeypatch):
+    monkeypatch.setattr("hf_modx.hub_faults.FIRST_WAIT", 0.01)
+    first = run(lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
+    second = run(folder="second", start="owner/clip", revision="phase-1", lora_merge=False)
+    assert same(weights(second, 0), first._load_phase(1).state_dict())
+    source = json.loads((second.folder / "run.json").read_text())["model"]
+    assert (source["repo_id"], source["revision"]) == ("owner/clip", "phase-1") and len(source["commit"]) == 40
+    # The start of the second run is no model on the Hub: its own phase 0 is the only plain one.
+    assert peft.PeftConfig.from_pretrained(second.phase_folder(1)).base_model_name_or_path == "phase-0"
+    card = (second.phase_folder(1) / "README.md").read_text()
+    assert card_problems(card) == [] and 'AutoModel.from_pretrained("phase-0")' in card
 
 
 def test_card_of_an_adapter_names_its_base_and_loads_as_it_says(finished, tmp_path, monkeypatch, capsys):

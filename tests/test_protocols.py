@@ -140,3 +140,12 @@ def test_what_is_missing_is_named(own_protocol, tmp_path):
         path = own_protocol()
         path.write_text(path.read_text().replace("label_column: label", "label_column: label\n  image_column: img"))
         read_protocol(path).load(tmp_path / "data")
+
+
+def test_further_tests_may_not_have_the_names_of_the_protocol(own_protocol, tmp_path):
+    data = tmp_path / "data"
+    path = own_protocol()
+    (tmp_path / "tests.yaml").write_text(f"- {{name: shapes, kind: zero_shot, dataset: {data / 'our' / 'shapes'}}}")
+    flags = ["--protocol", str(path), "--data_root", str(data), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="tests.yaml: the protocol has tests of the names shapes already"):
+        continual_clip.main([*flags, "--tests", str(tmp_path / "tests.yaml"), "--dry_run"])

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from huggingface_hub import ModelCard
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.preprocessing import StandardScaler
 
@@ -26,6 +27,7 @@ from hf_modx.evaluation import (
 )
 from hf_modx.evaluation.linear_probe import PENALTIES
 
+from card_schema import card_problems
 from launch import launch
 from tiny import COLORS, SHAPES, picture, tiny_clip, tiny_pairs, tiny_processor
 
@@ -255,6 +257,16 @@ def test_file_declares_tests_of_every_kind_and_source(declare, tmp_path):
     assert (len(tests["probe"]), len(tests["probe"].train)) == (10, 12)
 
 
+@pytest.mark.parametrize("names", [{}, {"class_names": {shape: f"big {shape}" for shape in SHAPES}}])
+def test_smaller_test_has_the_classes_of_the_whole(declare, names):
+    table = labelled(len(SHAPES) * len(COLORS))
+    table = table.add_column("shape", [SHAPES[label] for label in table["label"]]).remove_columns("label")
+    entry = {"name": "few", "kind": "zero_shot", "dataset": DatasetDict(test=table), "label_column": "shape"}
+    few = load_tests(declare(entry | names | {"max_samples": 2}))["few"]
+    assert len(few) == 2 and len(set(few.dataset["shape"])) == 1 and len(few.names) == len(SHAPES)
+    assert few.fingerprint() != load_tests(declare(entry | names))["few"].fingerprint()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -277,6 +289,9 @@ def test_names_used_twice_and_files_of_another_shape_are_refused(declare, tmp_pa
         load_tests(declare({"name": "a"}, {"name": "a"}))
     (tmp_path / "tests.yaml").write_text("a: {kind: zero_shot}")
     with pytest.raises(ValueError, match="must hold a list of tests"):
+        load_tests(tmp_path / "tests.yaml")
+    (tmp_path / "tests.yaml").write_text("- {name: a")
+    with pytest.raises(ValueError, match=r"tests.yaml is no YAML: (?s:.*)line 1"):
         load_tests(tmp_path / "tests.yaml")
 
 
@@ -354,6 +369,31 @@ def test_card_shows_every_kind_of_test(finished):
     assert rows["Linear probe top-1"].endswith(f"| {100 * value:.1f} |")
     assert f"{results['ranks']['text_to_image_median_rank'][2][0]:g}" in rows["Text-to-image median rank"]
     assert "task_type" not in card and "type: image-classification" in card
+    assert card_problems(card) == []
+
+
+def test_card_has_a_matrix_of_each_kind_of_test_without_the_others(finished):
+    run, results = finished
+    lines = (run.phase_folder(2) / "README.md").read_text().splitlines()
+    headers = [line for line in lines if line.startswith("| after |")]
+    assert headers == ["| after | part 0 | part 1 | yellow |", "| after | shapes |", "| after | probe |"]
+    values = [f"{100 * row[3]:.1f}" for row in results["matrix"]["zero_shot_top1"]]
+    start = lines.index("| after | shapes |") + 2
+    assert [line.split(" | ")[1].rstrip(" |") for line in lines[start : start + 3]] == values
+
+
+def test_metadata_of_a_card_hold_every_number_of_every_kind_of_test(finished):
+    run, results = finished
+    read = {
+        (r.dataset_name, r.metric_type): r.metric_value
+        for r in ModelCard.load(run.phase_folder(2) / "README.md").data.eval_results
+    }
+    assert read == {
+        (test, metric): rows[2][column]
+        for metric, rows in {**results["matrix"], **results["ranks"]}.items()
+        for column, test in enumerate(results["tests"])
+        if rows[2][column] is not None
+    }
 
 
 def test_finished_run_measures_a_further_test_in_every_row(finished, copied_args):

@@ -55,7 +55,7 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
         "--pair_id_column", default="pair_id", help="rows of one id match each other, where there is such a column"
     )
     parser.add_argument("--batch_size", type=int, default=64, help="images embedded at once (default: 64)")
-    parser.add_argument("--max_samples", type=int, help="at most so many pairs of each test, at random")
+    parser.add_argument("--max_samples", type=int, help="at most so many rows of each test, at random")
     parser.add_argument("--seed", type=int, default=0, help="of the choice, and of the built-in stream (default: 0)")
     parser.add_argument("--output_file", type=Path, help="JSON file for the values at full precision")
 
@@ -89,10 +89,14 @@ def chosen_tests(options: argparse.Namespace) -> dict[str, PairDataset | LabelTe
             name: test.with_columns(*columns) if isinstance(test, RetrievalTest) else test
             for name, test in declared.items()
         }
+
+    def limited(table: Dataset) -> Dataset:
+        return at_most(table, options.max_samples, options.seed)
+
     return {
-        name: test
+        name: test.of_part(limited(test.dataset))
         if isinstance(test, LabelTest)
-        else PairDataset(at_most(test, options.max_samples, options.seed), *columns)
+        else PairDataset(limited(test), *columns)
         for name, test in tables.items()
     }
 

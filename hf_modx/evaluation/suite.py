@@ -13,15 +13,15 @@ import difflib
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import yaml
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
+from ..files import read_yaml
 from ..load_data import load_table, require_columns, with_images
 from ..phases import content_fingerprint
 from ..prompts import TEMPLATES, check_templates
@@ -106,6 +106,10 @@ class LabelTest(ABC):
             )
         return torch.tensor([self.classes[value] for value in values])
 
+    def of_part(self, part: Dataset) -> "LabelTest":
+        """The test on some of its rows, among the classes of all."""
+        return replace(self, dataset=part, class_names=self.class_names or self.names)
+
     def images(self, table: Dataset) -> Dataset:
         """The images alone."""
         return with_images(table.select_columns([self.image_column]), self.image_column)
@@ -189,7 +193,7 @@ def load_tests(path: str | Path) -> dict[str, EvaluationTest]:
         ValueError: not such a file; a key, a kind, a column or a split that does not exist; names used twice. The
             message names the test.
     """
-    declared = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    declared = read_yaml(Path(path))
     if not isinstance(declared, list) or not all(isinstance(entry, dict) and "name" in entry for entry in declared):
         raise ValueError(f"{path} must hold a list of tests, each a mapping with a name.")
     names = [str(entry["name"]) for entry in declared]
@@ -239,9 +243,12 @@ def _declared(entry: dict[str, Any]) -> EvaluationTest:
     options = {key: value for key, value in entry.items() if key in ("image_column", "learned_at", *own)}
     if test is LinearProbeTest:
         options["train"] = load_table(entry["dataset"], entry.get("train_split", "train"), entry.get("config"))
-    table = load_table(entry["dataset"], entry.get("split", "test"), entry.get("config"))
+    whole = test(load_table(entry["dataset"], entry.get("split", "test"), entry.get("config")), **options)
     limit = entry.get("max_samples")
-    return test(table if limit is None else table.select(range(min(limit, len(table)))), **options)
+    if limit is None or limit >= len(whole.dataset):
+        return whole
+    part = whole.dataset.select(range(limit))
+    return whole.of_part(part) if isinstance(whole, LabelTest) else replace(whole, dataset=part)
 
 
 def _refuse_unknown(entry: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from datasets import Dataset
 
 from ..callbacks.classification import class_pairs
 from ..evaluation.suite import EvaluationTest, RetrievalTest, ZeroShotTest
+from ..files import read_yaml
 from ..load_data import load_table, require_columns, with_images
 from ..phases import Phase, PhaseStream
 from ..prompts import TEMPLATES
@@ -101,7 +101,7 @@ def read_protocol(name: str | Path) -> Protocol:
     path = FOLDER / f"{name}.yaml" if str(name) in PROTOCOLS else Path(name)
     if not path.is_file():
         raise ValueError(f"There is no protocol {str(name)!r}, nor such a file. There are {', '.join(PROTOCOLS)}.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content.get("phases") or set(content) - KEYS:
         raise ValueError(f"{path} must hold a mapping with phases and, besides, {', '.join(sorted(KEYS))} alone.")
     for entry in content["phases"]:
