@@ -14,18 +14,9 @@ from .card_metadata import card_metadata, model_type
 from .files import publish_folder, write_text
 from .identity import weights_fingerprint
 from .markdown import escaped, table
+from .papers import PAPERS
 from .pretrained import load_dual_encoder, split_revision
 from .provenance import model_source
-
-PAPER = """@inproceedings{wortsman2022robust,
-  title = {Robust Fine-Tuning of Zero-Shot Models},
-  author = {Wortsman, Mitchell and Ilharco, Gabriel and Kim, Jong Wook and Li, Mike and Kornblith, Simon and
-            Roelofs, Rebecca and Gontijo-Lopes, Raphael and Hajishirzi, Hannaneh and Farhadi, Ali and
-            Namkoong, Hongseok and Schmidt, Ludwig},
-  booktitle = {Conference on Computer Vision and Pattern Recognition},
-  pages = {7959--7971},
-  year = {2022}
-}"""
 
 
 def merge_models(first: str, second: str, weight: float, folder: Path) -> None:
@@ -134,7 +125,7 @@ processor = AutoProcessor.from_pretrained({loading})
 ## Citation
 
 ```bibtex
-{PAPER}
+{PAPERS["WiseFT"]}
 ```
 """
     return str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{text}"))

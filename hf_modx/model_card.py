@@ -34,6 +34,7 @@ from .evaluation import EvaluationMatrix
 from .files import read_json, write_text
 from .identity import hyperparameters, is_adapter
 from .markdown import escaped, table
+from .papers import PAPERS
 from .plots import draw_matrix
 from .provenance import adapter_base, cached_commit, data_source, environment, is_hub_id
 
@@ -68,33 +69,6 @@ MEANINGS = {
     "forward_transfer": "mean change of a test from the start to right before the phase that teaches it",
     "zero_shot_retention": "part of the start's value that is kept, mean over the tests that no phase has taught",
 }
-PAPERS = {
-    "clip": """@inproceedings{radford2021clip,
-  title = {Learning Transferable Visual Models From Natural Language Supervision},
-  author = {Radford, Alec and Kim, Jong Wook and Hallacy, Chris and Ramesh, Aditya and Goh, Gabriel and
-            Agarwal, Sandhini and Sastry, Girish and Askell, Amanda and Mishkin, Pamela and Clark, Jack and
-            Krueger, Gretchen and Sutskever, Ilya},
-  booktitle = {International Conference on Machine Learning},
-  year = {2021}
-}""",
-    **dict.fromkeys(
-        SIGMOID,
-        """@inproceedings{zhai2023siglip,
-  title = {Sigmoid Loss for Language Image Pre-Training},
-  author = {Zhai, Xiaohua and Mustafa, Basil and Kolesnikov, Alexander and Beyer, Lucas},
-  booktitle = {International Conference on Computer Vision},
-  year = {2023}
-}""",
-    ),
-    "ModX": """@inproceedings{ni2023modx,
-  title = {Continual Vision-Language Representation Learning with Off-Diagonal Information},
-  author = {Ni, Zixuan and Wei, Longhui and Tang, Siliang and Zhuang, Yueting and Tian, Qi},
-  booktitle = {International Conference on Machine Learning},
-  pages = {26129--26149},
-  year = {2023}
-}""",
-}
-"""BibTeX by type of the model and by class of the loss callbacks."""
 
 
 # ---- A phase of a run ----
@@ -208,7 +182,7 @@ def phase_card(
         data_notes=_data_notes(identity, results, number),
         environment=_environment_table(record.get("environment", {})),
         limits=_limits(results, number, headline),
-        papers=_papers(config, recipe_args),
+        papers=_papers(config, recipe_args, identity["hyperparameters"].get("peft") if number else None),
     )
 
 
@@ -278,7 +252,7 @@ def trainer_card(
         data=_trainer_data_table(trainer),
         environment=_environment_table(environment(args.device, args.world_size)),
         limits=[],
-        papers=_papers(config, recipe_args),
+        papers=_papers(config, recipe_args, args.peft),
     )
 
 
@@ -622,8 +596,11 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return escaped((config.get("architectures") or ["CLIP"])[0])
 
 
-def _papers(config: Mapping[str, Any], recipe_args: Mapping[str, Any]) -> str:
-    return "\n\n".join(PAPERS[name] for name in (model_type(config), *recipe_args) if name in PAPERS)
+def _papers(config: Mapping[str, Any], recipe_args: Mapping[str, Any], peft: str | None) -> str:
+    """Each once: two callbacks may be of one paper."""
+    return "\n\n".join(
+        dict.fromkeys(PAPERS[name] for name in (model_type(config), *recipe_args, peft) if name in PAPERS)
+    )
 
 
 def _hub_link(repo_id: str) -> str:

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, TrainerCallback
 
-from hf_modx import Contrastive, LossCallback, ModXTrainer, ModXTrainingArguments, build_recipe
+from hf_modx import (
+    Contrastive,
+    LossCallback,
+    LossContext,
+    ModXTrainer,
+    ModXTrainingArguments,
+    PairEmbeddings,
+    build_recipe,
+)
 from hf_modx.callbacks import ProjectedDistillation, WiseFT
 from hf_modx.losses import contrastive_distillation
 from hf_modx.recipes import recipe_arguments
@@ -113,6 +121,21 @@ def test_model_without_adapter_is_warned_of(model, make_args, caplog):
     caplog.clear()
     trainer_of(tiny_clip(tiny_processor()), make_args(peft="lora"), "cclip")._start_phase()
     assert 'Set peft="lora"' not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_projected_features_are_compared_in_full_precision(model, make_args, dtype):
+    trainer = trainer_of(model.to(dtype), make_args(), "cclip")
+    trainer._start_phase()
+    distillation = trainer.loss_callbacks[1]
+    student, teacher = (
+        PairEmbeddings(*(unit(7, seed, 16).float() for seed in seeds), torch.tensor(9.0)) for seeds in ((1, 2), (3, 4))
+    )
+    context = LossContext(model, {}, torch.arange(7), torch.arange(7), torch.zeros(7, dtype=torch.bool), 0, 0.0, {})
+    expected = distillation.loss_terms(student, teacher, context)["projected_distillation"]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = distillation.loss_terms(student, teacher, context)["projected_distillation"]
+    assert torch.equal(found, expected)
 
 
 # ---- Modules of any callback ----

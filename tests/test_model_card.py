@@ -36,6 +36,28 @@ NASTY = [
     "$\\frac$ *b* _c_",
 ]
 
+CITED = {
+    "frozen": [],
+    "finetune": [],
+    "cumulative": ["garg2024ticclip"],
+    "joint": [],
+    "modx": ["ni2023modx"],
+    "modx_plus": ["ni2023modx", "chaudhry2019er"],
+    "kl": ["ni2023modx"],
+    "lwf": ["li2016lwf"],
+    "ewc": ["kirkpatrick2017ewc"],
+    "l2sp": ["li2018l2sp"],
+    "wise_ft": ["wortsman2022robust"],
+    "weight_ensemble": ["zheng2023zscl"],
+    "zscl": ["zheng2023zscl", "li2018l2sp"],
+    "zscl_star": ["zheng2023zscl"],
+    "er": ["chaudhry2019er"],
+    "der": ["buzzega2020der"],
+    "incclip": ["yan2022incclip"],
+    "cclip": ["liu2025cclip", "wortsman2022robust"],
+}
+"""Keys of the papers in the card of a phase, beside that of the model."""
+
 
 @pytest.fixture(scope="module")
 def finished(processor, tmp_path_factory):
@@ -89,6 +111,7 @@ def test_card_of_each_recipe_passes_the_schema(finished, tmp_path, recipe, numbe
     card = (tmp_path / "README.md").read_text()
     assert card_problems(card) == []
     assert metadata(card)["tags"][-1] == recipe
+    assert re.findall(r"@\w+{(\w+)", card) == ["radford2021clip", *(CITED[recipe] if number else [])]
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -250,6 +250,7 @@ def test_card_of_an_adapter_names_its_base_and_loads_as_it_says(finished, tmp_pa
     assert (ModelCard(card).data.base_model, ModelCard(card).data.base_model_relation) == ("a/b", "adapter")
     assert 'AutoModel.from_pretrained("a/b", revision="c0ffee")' in card
     assert 'PeftModel.from_pretrained(model, "me/clip", revision="phase-2")' in card
+    assert "hu2022lora" in card
     before = phase_card(continual.identity, results, 0, repo_id="me/clip", revision="phase-0")
     assert "PeftModel" not in before and ModelCard(before).data.library_name == "transformers"
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..embeddings import PairEmbeddings, embedding_width
 from ..losses import contrastive_distillation
+from ..losses.contrastive import full_precision, upcast
 from ..trained_weights import adapted_layers
 from .base import LossCallback, LossContext, PhaseBoundary
 
@@ -16,9 +17,9 @@ logger = logging.getLogger(__name__)
 
 class ProjectedDistillation(LossCallback):
     """Contrastive knowledge consolidation: features of the new model, put through a projector that is trained along,
-    have to find the old model's features of the same images and texts among those of the whole batch ("C-CLIP:
-    Multimodal Continual Learning for Vision-Language Model", ICLR 2025). The new features may move, as long as the old
-    ones can be read off them.
+    have to find the old model's features of the same images and texts among those of the whole batch (Liu et al.,
+    "C-CLIP: Multimodal Continual Learning for Vision-Language Model", ICLR 2025). The new features
+    may move, as long as the old ones can be read off them.
 
     `weight * L(h(V), h(L), V', L')`, see `contrastive_distillation`, with h the projector, V and L the features of the
     model in training, V' and L' those of the model after the phase before.
@@ -56,12 +57,15 @@ class ProjectedDistillation(LossCallback):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             projector = _projector(embedding_width(phase.model))
-        self._projector = projector.to(phase.model.logit_scale.dtype)
+        self._projector = projector.to(upcast(phase.model.logit_scale).dtype)
 
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
-        image, text = (F.normalize(self._projector(side), dim=-1) for side in (student.image, student.text))
+        with full_precision(student.image):
+            image, text = (
+                F.normalize(self._projector(upcast(side)), dim=-1) for side in (student.image, student.text)
+            )
         loss = contrastive_distillation(
             image,
             text,
