@@ -34,6 +34,7 @@ from .hub import Revision
 from .hub_run import RunOnHub
 from .identity import changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
+from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .provenance import adapter_base, data_source, environment, model_source
@@ -127,7 +128,8 @@ class ContinualRun:
         check_recipe(self.loss_callbacks)
         replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
         self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
-        self.callbacks = list(callbacks)
+        self.stop = StopOnSignal()
+        self.callbacks = [*callbacks, self.stop]
         self._check_adapter()
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
@@ -159,8 +161,9 @@ class ContinualRun:
         Raises:
             RepositoryConflict: the repository holds another run, or another folder has gone on with this one.
             UnpublishedPhases: all is trained and on the disk, but the Hub has not taken all of it.
+            Interrupted: SIGTERM or SIGINT came; all that is done is on the disk.
         """
-        with self.hub.alone() if self.hub is not None else nullcontext():
+        with self.stop, self.hub.alone() if self.hub is not None else nullcontext():
             return self._run()
 
     def _run(self) -> EvaluationMatrix:
@@ -168,6 +171,7 @@ class ContinualRun:
         self._read_results()
         self._push()
         for number in range(len(self.stream) + 1):
+            self.stop.raise_if_asked()
             trainer = None
             if not self._is_finished(number):
                 trainer = self._train_phase(number)
@@ -350,9 +354,6 @@ class ContinualRun:
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
-            # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.
-            raise RuntimeError(f"Phase {number} was interrupted. Run the same command again to go on.")
         record = _training_record(trainer) | {"starts_from": starts_from}
         if state is not None:
             record["resumed_at_step"] = state.global_step
@@ -440,6 +441,7 @@ class ContinualRun:
         args.output_dir = str(checkpoints_folder(self.folder, number))
         args.data_seed = _phase_seed(self.args, number)
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
+        args.enable_jit_checkpoint = False  # `stop` does it
         if train_dataset is None:
             args.peft = None
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
