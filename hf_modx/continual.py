@@ -30,6 +30,7 @@ from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
 from .files import publish_file, publish_folder, read_json, write_json
+from .finite import require_finite_weights
 from .hub import Revision
 from .hub_run import RunOnHub
 from .identity import changes, run_identity, weights_fingerprint
@@ -100,6 +101,7 @@ class ContinualRun:
 
     Raises:
         ImportError: `args.peft` without PEFT.
+        FloatingPointError: the model has NaN or infinite weights.
         TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
             nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
             before any training.
@@ -253,6 +255,7 @@ class ContinualRun:
         if processing_class is None:
             raise ValueError("Give the model's processor as processing_class, for instance a CLIPProcessor.")
         check_processor(processing_class)
+        require_finite_weights(model, "Nothing can be trained from here: the model has")
         self.model, self.processing_class, self._model_class = model, processing_class, type(model)
 
     def _check_adapter(self) -> None:
@@ -483,6 +486,7 @@ class ContinualRun:
         save_adapter(model, folder, before, *adapter_base(self.source, published))
 
     def _publish(self, number: int, model: nn.Module, record: dict[str, Any] | None = None) -> None:
+        require_finite_weights(model, f"Phase {number} is not kept: at its end the model has")
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             final = self.phase_folder(number)
