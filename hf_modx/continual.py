@@ -30,10 +30,12 @@ from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
 from .files import publish_file, publish_folder, read_json, write_json
+from .finite import require_finite_weights
 from .hub import Revision
 from .hub_run import RunOnHub
 from .identity import changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
+from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .pretrained import load_model
@@ -100,6 +102,7 @@ class ContinualRun:
 
     Raises:
         ImportError: `args.peft` without PEFT.
+        FloatingPointError: the model has NaN or infinite weights.
         TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
             nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
             before any training.
@@ -128,7 +131,8 @@ class ContinualRun:
         check_recipe(self.loss_callbacks)
         replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
         self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
-        self.callbacks = list(callbacks)
+        self.stop = StopOnSignal()
+        self.callbacks = [*callbacks, self.stop]
         self._check_adapter()
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
@@ -160,8 +164,9 @@ class ContinualRun:
         Raises:
             RepositoryConflict: the repository holds another run, or another folder has gone on with this one.
             UnpublishedPhases: all is trained and on the disk, but the Hub has not taken all of it.
+            Interrupted: SIGTERM or SIGINT came; all that is done is on the disk.
         """
-        with self.hub.alone() if self.hub is not None else nullcontext():
+        with self.stop, self.hub.alone() if self.hub is not None else nullcontext():
             return self._run()
 
     def _run(self) -> EvaluationMatrix:
@@ -169,6 +174,7 @@ class ContinualRun:
         self._read_results()
         self._push()
         for number in range(len(self.stream) + 1):
+            self.stop.raise_if_asked()
             trainer = None
             if not self._is_finished(number):
                 trainer = self._train_phase(number)
@@ -250,6 +256,7 @@ class ContinualRun:
         if processing_class is None:
             raise ValueError("Give the model's processor as processing_class, for instance a CLIPProcessor.")
         check_processor(processing_class)
+        require_finite_weights(model, "Nothing can be trained from here: the model has")
         self.model, self.processing_class, self._model_class = model, processing_class, type(model)
 
     def _check_adapter(self) -> None:
@@ -351,9 +358,6 @@ class ContinualRun:
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.args.enable_jit_checkpoint and trainer.state.global_step < trainer.state.max_steps:
-            # After SIGTERM the Trainer saves a checkpoint and returns as if it had finished.
-            raise RuntimeError(f"Phase {number} was interrupted. Run the same command again to go on.")
         record = _training_record(trainer) | {"starts_from": starts_from}
         if state is not None:
             record["resumed_at_step"] = state.global_step
@@ -441,6 +445,7 @@ class ContinualRun:
         args.output_dir = str(checkpoints_folder(self.folder, number))
         args.data_seed = _phase_seed(self.args, number)
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
+        args.enable_jit_checkpoint = False  # `stop` does it
         if train_dataset is None:
             args.peft = None
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
@@ -482,6 +487,7 @@ class ContinualRun:
         save_adapter(model, folder, before, *adapter_base(self.source, published))
 
     def _publish(self, number: int, model: nn.Module, record: dict[str, Any] | None = None) -> None:
+        require_finite_weights(model, f"Phase {number} is not kept: at its end the model has")
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             final = self.phase_folder(number)

@@ -2,10 +2,14 @@
 
 import json
 import os
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+SEAL = "complete.json"
+"""In a folder that is complete: its files and their sizes."""
 
 
 def write_text(path: Path, content: str) -> None:
@@ -50,15 +54,42 @@ def read_json(path: Path) -> Any | None:
 
 def publish_file(temporary: Path, final: Path) -> None:
     """Flush a complete file and give it its final name."""
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
+    _flush(temporary)
     os.replace(temporary, final)
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
     """Flush every file of a complete folder and give it its final name in one step."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+    for file in _files(temporary):
+        _flush(file)
     os.replace(temporary, final)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a folder that others have written, and then write down in `SEAL` how long each is."""
+    (folder / SEAL).unlink(missing_ok=True)
+    files = _files(folder)
+    for file in files:
+        _flush(file)
+    write_json(folder / SEAL, {file.relative_to(folder).as_posix(): file.stat().st_size for file in files})
+
+
+def has_whole_seal(folder: Path, may_lack: Container[str] = ()) -> bool:
+    """Whether the folder was sealed and every file, but for those that it may lack, is there in its whole length."""
+    try:
+        sizes = read_json(folder / SEAL)
+    except ValueError:
+        return False
+    return sizes is not None and all(
+        name in may_lack or ((folder / name).is_file() and (folder / name).stat().st_size == size)
+        for name, size in sizes.items()
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _flush(file: Path) -> None:
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())

@@ -4,8 +4,9 @@ import logging
 import shutil
 from pathlib import Path
 
-from .adapter import ADAPTER_WEIGHTS
-from .files import read_json
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from .files import has_whole_seal, read_json
 from .trainer import LOSS_CALLBACKS_NAME
 
 logger = logging.getLogger(__name__)
@@ -53,9 +54,8 @@ def last_complete_checkpoint(folder: Path) -> str | None:
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in checkpoints:
         needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", LOSS_CALLBACKS_NAME]
-        has_weights = any((checkpoint / name).exists() for name in ("model.safetensors", ADAPTER_WEIGHTS))
-        has_random_state = any(checkpoint.glob("rng_state*.pth"))
-        if has_weights and has_random_state and all((checkpoint / name).exists() for name in needed):
+        is_whole = has_whole_seal(checkpoint, may_lack=(TRAINING_ARGS_NAME,))  # the Hub does not get these
+        if is_whole and all((checkpoint / name).exists() for name in needed):
             return str(checkpoint)
         logger.warning("%s is incomplete and left out.", checkpoint)
     return None

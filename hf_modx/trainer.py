@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import PredictionOutput, TrainOutput, speed_metrics
+from transformers.trainer_utils import PredictionOutput, TrainOutput, rotate_checkpoints, speed_metrics
 
 from .adapter import add_adapter, has_adapter
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
@@ -38,7 +39,8 @@ from .energy import EnergyMeter
 from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
 from .evaluation.suite import LabelTest
-from .files import write_text
+from .files import SEAL, seal, write_text
+from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
 from .losses import Shard
@@ -150,6 +152,7 @@ class ModXTrainer(Trainer):
         if train_dataset is not None:
             self._remember_phase_start()
         self._records: dict[str, tuple[Tensor, int]] = {}
+        self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
         self.add_callback(self._along)
@@ -222,6 +225,7 @@ class ModXTrainer(Trainer):
     def _start_phase(self) -> None:
         self._remember_phase_start()
         if not self._phase_has_started:
+            require_finite_weights(self._dual_encoder, "Nothing can be trained from here: the model has")
             for callback in self.loss_callbacks:
                 callback.start_phase(self._boundary())
             self._along.start(self.args.device)
@@ -307,7 +311,31 @@ class ModXTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """As in `Trainer`; with `gradient_cache_chunk_size` the batches of one optimizer step are held until the last
-        and form one contrastive batch."""
+        and form one contrastive batch.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; the step is not taken.
+        """
+        self._computed = None
+        loss = self._forward_and_backward(model, inputs, num_items_in_batch)
+        if self._computed is not None and not is_finite_everywhere(loss):
+            self._refuse_loss()
+        return loss
+
+    def _refuse_loss(self) -> None:
+        terms, student, row_ids = self._computed
+        new_rows = len(self.train_dataset) if self.memory is not None else None
+        raise FloatingPointError(
+            f"The loss of step {self.state.global_step + 1} is not finite: "
+            f"{why_not_finite(terms, student, row_ids, new_rows)} The step is not taken, and the checkpoints in "
+            f"{self.args.output_dir} are good. Look at these rows; lower learning_rate (now "
+            f"{self.args.learning_rate:g}) or max_grad_norm (now {self.args.max_grad_norm:g})"
+            + ("; use bf16 in the place of fp16." if self.args.fp16 else ".")
+        )
+
+    def _forward_and_backward(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         if self.args.gradient_cache_chunk_size is None:
             loss = super().training_step(model, inputs, num_items_in_batch)
             if self.accelerator.sync_gradients:
@@ -373,6 +401,8 @@ class ModXTrainer(Trainer):
         if clash := terms.keys() & context.metrics.keys():
             raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
         self._record({**terms, **context.metrics})
+        found = replace(student, image=student.image.detach(), text=student.text.detach())
+        self._computed = {name: term.detach() for name, term in terms.items()}, found, context.row_ids
         return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
 
     def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings | None:
@@ -557,15 +587,34 @@ class ModXTrainer(Trainer):
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the stock files: trainer_state.json, which marks the checkpoint as complete, is written by those.
+        step = self.state.global_step
+        require_finite_weights(self._dual_encoder, f"Step {step} is not saved: after it the model has")
+        run_folder = self._get_output_dir(trial)
+        folder = os.path.join(run_folder, f"checkpoint-{step}")
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             os.makedirs(folder, exist_ok=True)
+            Path(folder, SEAL).unlink(missing_ok=True)
             self.save_loss_callbacks(os.path.join(folder, LOSS_CALLBACKS_NAME))
             if beside := {**self._beside_adapter(), **self._along.state_dict()}:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.items()}
                 save_file(tensors, os.path.join(folder, TRAINED_BESIDE_NAME))
-        super()._save_checkpoint(model, trial)
+        with self._keeping_all_checkpoints():
+            super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random state
+        if self.args.should_save:
+            seal(Path(folder))
+            rotate_checkpoints(
+                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+
+    @contextmanager
+    def _keeping_all_checkpoints(self) -> Iterator[None]:
+        """The stock method would remove the checkpoint before while this one may still be lost."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

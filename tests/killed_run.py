@@ -1,4 +1,5 @@
-"""A small continual run that kills itself, without warning, in the phase that KILL_IN_PHASE names."""
+"""A small continual run that sends itself a signal, SIGKILL or that of KILL_WITH, in the phase that KILL_IN_PHASE
+names."""
 
 import os
 import signal
@@ -15,7 +16,7 @@ from tiny import tiny_clip, tiny_processor
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if args.output_dir.endswith(f"phase-{os.environ.get('KILL_IN_PHASE')}"):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, os.environ.get("KILL_WITH", "SIGKILL")))
 
 
 args = ModXTrainingArguments(

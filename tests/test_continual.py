@@ -16,6 +16,8 @@ from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallbac
 from transformers.utils import logging as transformers_logging
 
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
+from hf_modx.files import seal
+from hf_modx.run_folder import last_complete_checkpoint
 
 from tiny import tiny_pairs
 
@@ -336,15 +338,51 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, make_a
     assert results(resumed)["matrix"] == results(whole)["matrix"]
 
 
+SETTINGS_OF_INTERRUPTED = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
 def test_half_written_checkpoint_is_left_out(run, make_args, tmp_path):
-    settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
+    """Whatever of it is missing or cut short: the run goes on from the one before it."""
     with pytest.raises(SystemError):
-        run(args=make_args(**settings), callbacks=[StopAt(1, 5)])
+        run(args=make_args(**SETTINGS_OF_INTERRUPTED), callbacks=[StopAt(1, 5)])
     checkpoints = tmp_path / "out" / "checkpoints" / "phase-1"
-    (checkpoints / "checkpoint-4" / "trainer_state.json").unlink()
-    resumed = run(args=make_args(**settings))
-    whole = run(args=make_args(**settings, output_dir=str(tmp_path / "whole")))
+    kept = tmp_path / "kept"
+    shutil.copytree(checkpoints, kept)
+    assert last_complete_checkpoint(checkpoints) == str(checkpoints / "checkpoint-4")
+    names = sorted(path.name for path in (kept / "checkpoint-4").iterdir() if path.name != "training_args.bin")
+    assert {"complete.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"} <= set(names)
+    for name in names:
+        for damage in (Path.unlink, cut):
+            damage(checkpoints / "checkpoint-4" / name)
+            assert last_complete_checkpoint(checkpoints) == str(checkpoints / "checkpoint-2"), (name, damage)
+            shutil.copy(kept / "checkpoint-4" / name, checkpoints / "checkpoint-4" / name)
+    cut(checkpoints / "checkpoint-4" / "optimizer.pt")
+    resumed = run(args=make_args(**SETTINGS_OF_INTERRUPTED))
+    whole = run(args=make_args(**SETTINGS_OF_INTERRUPTED, output_dir=str(tmp_path / "whole")))
+    assert results(resumed)["training"][0]["resumed_at_step"] == 2
     assert same(weights(resumed, 2), weights(whole, 2))
+
+
+def test_checkpoint_before_is_removed_when_the_new_one_is_on_the_disk(run, make_args, tmp_path, monkeypatch):
+    """Not between the two: a single one is kept, and a power cut while it is flushed would leave none."""
+    left = []
+
+    def cut_the_power(folder):
+        left.extend(sorted(path.name for path in folder.parent.iterdir()))
+        if folder.name == "checkpoint-4":
+            raise SystemError("power cut")
+        seal(folder)
+
+    monkeypatch.setattr("hf_modx.trainer.seal", cut_the_power)
+    with pytest.raises(SystemError):
+        run(args=make_args(**SETTINGS_OF_INTERRUPTED, save_total_limit=1))
+    assert left == ["checkpoint-2", "checkpoint-2", "checkpoint-4"]
+    folder = tmp_path / "out" / "checkpoints" / "phase-1"
+    assert last_complete_checkpoint(folder) == str(folder / "checkpoint-2")
 
 
 def test_killed_process_goes_on_with_the_same_command(tmp_path):

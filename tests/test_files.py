@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hf_modx.files import publish_folder, read_json, write_json
+from hf_modx.files import has_whole_seal, publish_folder, read_json, seal, write_json
 
 
 def test_json_comes_back_as_it_was_written(tmp_path):
@@ -79,3 +79,24 @@ def test_a_folder_that_is_complete_is_not_overwritten(tmp_path):
     with pytest.raises(OSError):
         publish_folder(temporary, final)
     assert (final / "config.json").read_text() == "{}"
+
+
+def test_a_sealed_folder_is_whole_until_a_file_is_cut_or_gone(tmp_path):
+    folder = complete_folder(tmp_path / "checkpoint")
+    assert not has_whole_seal(folder)
+    seal(folder)
+    assert has_whole_seal(folder)
+    (folder / "inner" / "weights").write_bytes(b"12")
+    assert not has_whole_seal(folder)
+    (folder / "inner" / "weights").unlink()
+    assert not has_whole_seal(folder)
+    assert has_whole_seal(folder, may_lack=["inner/weights"])
+
+
+def test_a_seal_is_renewed_with_the_folder(tmp_path):
+    folder = complete_folder(tmp_path / "checkpoint")
+    seal(folder)
+    (folder / "config.json").write_text("longer")
+    (folder / "more").write_text("")
+    seal(folder)
+    assert has_whole_seal(folder)
