@@ -352,11 +352,11 @@ def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArgumen
 def report(run: ContinualRun, matrix: EvaluationMatrix) -> str:
     summary = {name: value for name, value in matrix.summary().items() if value is not None}
     headline = f"{metric_name(run.metrics[0])} in percent (bold: the phase that teaches the test)"
-    lines = ["", headline, "", matrix.to_markdown()]
+    lines = ["", headline, "", matrix.measured().to_markdown()]
     lines += ["", ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in summary.items())]
     for metric in ("zero_shot_top1", "linear_probe_top1"):
         if metric in run.metrics[1:]:
-            lines += ["", f"{metric_name(metric)} in percent", "", run.matrix(metric).to_markdown()]
+            lines += ["", f"{metric_name(metric)} in percent", "", run.matrix(metric).measured().to_markdown()]
     lines += [f"Checkpoints: {run.folder}/phase-0 to {run.phase_folder(len(run.stream)).name}"]
     return "\n".join(lines)
 

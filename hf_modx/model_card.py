@@ -318,15 +318,9 @@ def _matrix(results: Mapping[str, Any], number: int, metric: str, name=str) -> E
     """The matrix as it was after phase `number`, of the tests that have the metric; `name` changes the names of phases
     and tests."""
     rows = results["matrix"][metric][: number + 1]
-    columns = range(len(results["tests"]))
-    columns = [column for column in columns if any(row[column] is not None for row in rows)] or columns
-    learned_at = [results["learned_at"][column] for column in columns]
-    return EvaluationMatrix(
-        [name(phase) for phase in results["phases"][:number]],
-        [name(results["tests"][column]) for column in columns],
-        [[row[column] for column in columns] for row in rows],
-        [k if k is None or k <= number else None for k in learned_at],
-    )
+    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    phases, tests = results["phases"][:number], results["tests"]
+    return EvaluationMatrix(list(map(name, phases)), list(map(name, tests)), rows, learned_at).measured()
 
 
 def _is_empty(matrix: EvaluationMatrix) -> bool:
@@ -399,7 +393,7 @@ def _limits(results: Mapping[str, Any], number: int, metric: str) -> list[str]:
     if lost:
         listed = ", ".join(f"{escaped(test)} {100 * loss:.1f}" for test, loss in lost.items())
         limits.append(f"Points of {metric_name(metric)} that tests have lost since their best row: {listed}.")
-    smallest = min(results["test_pairs"].values())
+    smallest = min(results["test_pairs"][test] for test in matrix.tests)
     limits.append(f"One pair of the smallest test, which has {smallest}, is worth {100 / smallest:.1f} points.")
     return limits
 

@@ -223,6 +223,14 @@ def test_lists_make_the_same_matrix_again():
     assert EvaluationMatrix(PHASES, PHASES, lists).summary() == matrix.summary()
 
 
+def test_tests_that_lack_the_metric_can_be_left_out():
+    matrix = EvaluationMatrix(["x"], ["a", "b", "c"], [[0.1, None, 0.2], [0.3, None, None]], [0, 1, 1]).measured()
+    assert (matrix.tests, matrix.learned_at) == (["a", "c"], [0, 1])
+    assert matrix.to_lists() == [[0.1, 0.2], [0.3, None]]
+    nothing = EvaluationMatrix(["x"], ["a"], [[None], [None]], [1])
+    assert nothing.measured().tests == ["a"]
+
+
 def test_markdown_table():
     matrix = EvaluationMatrix(
         ["a", "b"], ["a", "b", "base"], [[0.1, 0.2, 0.9], [0.8, None, 0.75], [0.5, 1.0, 0]], [1, 2, 0]

@@ -111,6 +111,14 @@ class EvaluationMatrix:
         mean = _mean(self.at(j, test) for j in range(1, stop))
         return math.nan if mean is None else mean
 
+    def measured(self) -> "EvaluationMatrix":
+        """The matrix of those tests that have the metric: a retrieval test has no accuracy. All, where none has it."""
+        kept = [test for test in range(len(self.tests)) if not np.isnan(self.values[:, test]).all()]
+        if not kept:
+            return self
+        tests, learned_at = ([of_all[test] for test in kept] for of_all in (self.tests, self.learned_at))
+        return EvaluationMatrix(self.phases, tests, self.values[:, kept], learned_at, self.has_initial_row)
+
     # ---- Formats ----
 
     def to_lists(self) -> list[list[float | None]]:

@@ -66,7 +66,7 @@ def draw_matrices(groups: Groups, metric: str, folder: Path) -> list[Picture]:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    means = {name: mean_matrix([run.matrix(metric) for run in runs]) for name, runs in groups.items()}
+    means = {name: mean_matrix([run.matrix(metric) for run in runs]).measured() for name, runs in groups.items()}
     brightest = largest_value(*means.values())
     pictures = []
     for number, (name, matrix) in enumerate(means.items(), start=1):

@@ -49,7 +49,9 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_comparison(groups, metrics, folder)
     heat_maps = draw_matrices(groups, metrics[0], folder)
-    matrices = {name: mean_matrix([run.matrix(metrics[0]) for run in runs]) for name, runs in groups.items()}
+    matrices = {
+        name: mean_matrix([run.matrix(metrics[0]) for run in runs]).measured() for name, runs in groups.items()
+    }
     examples = [draw_flips(tests, name, number, folder) for number, (name, tests) in enumerate(flips.items(), start=1)]
     write_text(
         folder / "report.md",
