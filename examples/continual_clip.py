@@ -50,6 +50,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -160,7 +161,7 @@ class ScriptArguments:
             raise ValueError("--recipe_args must be a JSON object like '{\"alpha\": 20}'.")
         self.recipe = parts_of(self.recipe)
         if self.dataset_name is None and self.model_name_or_path is None:
-            self.recipe_options = demo_options(self.recipe, self.recipe_options)
+            self.recipe, self.recipe_options = suited_to_demo(self.recipe, self.recipe_options)
         if self.protocol is not None and self.data_root is not None:
             for name in {"images", "texts"} & set(self.recipe_options):
                 self.recipe_options[name] = source_of(self.recipe_options[name], self.data_root)
@@ -191,15 +192,24 @@ def parts_of(recipe: list[str]) -> str | list:
     return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else parts
 
 
-def demo_options(recipe: str | list, options: dict) -> dict:
-    """The options of a recipe given by name, with those that suit the built-in data where none are given."""
+def suited_to_demo(recipe: str | list, options: dict) -> tuple[str | list, dict]:
+    """A recipe and its options, with those that suit the built-in data where none are given."""
     if not isinstance(recipe, str):
-        return options
+        parts = [{part: None} if isinstance(part, str) else part for part in recipe]
+        return [with_demo_options(part, part) for part in parts], options
     names = recipe_name(recipe).split("+")
-    if len(names) == 1:
-        return {**DEMO_RECIPE_ARGS.get(recipe, {}), **options}
-    suited = {name: {**DEMO_RECIPE_ARGS.get(name, {}), **options.get(name, {})} for name in names}
-    return {**options, **{name: of_part for name, of_part in suited.items() if of_part}}
+    if len(names) == 1 and not isinstance(options.get(names[0]), dict):
+        return recipe, {**DEMO_RECIPE_ARGS.get(names[0], {}), **options}
+    return recipe, with_demo_options(options, names)
+
+
+def with_demo_options(options: dict, names: Iterable[str]) -> dict:
+    """Options by part; what is no mapping is left for `build_recipe` to refuse."""
+    suited = {name: DEMO_RECIPE_ARGS[name] for name in names if name in DEMO_RECIPE_ARGS}
+    given = {name: options.get(name) or {} for name in suited}
+    return options | {
+        name: {**suited[name], **of_part} for name, of_part in given.items() if isinstance(of_part, dict)
+    }
 
 
 def main(argv: list[str]) -> EvaluationMatrix | None:
@@ -261,9 +271,14 @@ def defaults(chosen, given: set[str]) -> dict:
         settings |= DEMO_DEFAULTS
         if "num_train_epochs" in given:
             del settings["max_steps"]
-    settings |= recipe_arguments(recipe)
+    return settings | method_defaults(recipe, given)
+
+
+def method_defaults(recipe: str | list, given: set[str]) -> dict:
+    """What belongs to the methods of a recipe; of the two ways to set the text tower's learning rate that given."""
+    settings = recipe_arguments(recipe)
     if "text_learning_rate" in given:
-        settings["text_learning_rate_factor"] = None
+        settings.pop("text_learning_rate_factor", None)
     return settings
 
 
@@ -276,7 +291,7 @@ def protocol_defaults(chosen, given: set[str]) -> dict:
         settings["recipe_args"] = options
     if "num_train_epochs" in given:
         settings.pop("max_steps", None)
-    of_method = recipe_arguments(parts_of(recipe))
+    of_method = method_defaults(parts_of(recipe), given | set(settings))
     name = f"{Path(chosen.protocol).stem}-{recipe_name(parts_of(recipe))}-seed{chosen.seed}"
     return {"output_dir": f"runs/{name}", "recipe": recipe, **of_method, **settings}
 

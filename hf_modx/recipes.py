@@ -1,5 +1,6 @@
 """Recipes by name: a recipe is a list of loss callbacks, and recipes can be added up."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -179,7 +180,8 @@ def build_recipe(recipe: str | Sequence[Part], **options: Any) -> list[LossCallb
 
     Args:
         recipe: a key of `RECIPES`, or several as in "modx+er+weight_ensemble". Or a list of parts, each a key, a
-            mapping from keys to options as in `{"modx": {"alpha": 5}}`, or a `LossCallback`, which stays as it is.
+            mapping from keys to options as in `{"modx": {"alpha": 5}}`, or a `LossCallback`, which stays as it is; one
+            that is to leave the contrastive term to another is copied.
         options: of a single recipe, for instance `alpha=20` for "modx". Of a combination by part, as in
             `modx={"alpha": 5}, ewc={"weight": 100}`.
 
@@ -227,7 +229,7 @@ def _options_by_part(names: list[str], options: dict[str, Any]) -> list[tuple[st
 
 
 def _named_parts(part: Part) -> list[tuple[str | LossCallback, dict[str, Any]]]:
-    if isinstance(part, Mapping):
+    if isinstance(part, Mapping) and all(isinstance(options or {}, Mapping) for options in part.values()):
         return [(name, dict(options or {})) for name, options in part.items()]
     if isinstance(part, str | LossCallback):
         return [(part, {})]
@@ -244,6 +246,7 @@ def _combined(parts: Sequence[tuple[str | LossCallback, dict[str, Any]]]) -> lis
     if len(parts) > 1:
         callbacks = _with_one_contrastive_term(callbacks)
         _refuse_twice(callbacks)
+        _refuse_two_teachers(callbacks)
         check_recipe(callbacks)
     return callbacks
 
@@ -264,9 +267,14 @@ def _with_one_contrastive_term(callbacks: list[LossCallback]) -> list[LossCallba
     owners = [callback for callback in callbacks if callback.owns_contrastive]
     first = sorted(owners, key=lambda callback: (callback.yields_contrastive, type(callback) is Contrastive))[:1]
     yielding = [callback for callback in owners if callback.yields_contrastive and callback not in first]
-    for callback in yielding:
-        callback.owns_contrastive = False
-    return [callback for callback in callbacks if not (callback in yielding and type(callback) is Contrastive)]
+    kept = [callback for callback in callbacks if not (callback in yielding and type(callback) is Contrastive)]
+    return [_without_contrastive_term(callback) if callback in yielding else callback for callback in kept]
+
+
+def _without_contrastive_term(callback: LossCallback) -> LossCallback:
+    other = copy.copy(callback)
+    other.owns_contrastive = False
+    return other
 
 
 def _refuse_twice(callbacks: list[LossCallback]) -> None:
@@ -274,3 +282,14 @@ def _refuse_twice(callbacks: list[LossCallback]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two parts of the recipe bring {name}. Keep one of them.")
+
+
+def _refuse_two_teachers(callbacks: list[LossCallback]) -> None:
+    asking = [type(callback).__name__ for callback in callbacks if callback.needs_teacher]
+    for callback in callbacks:
+        if asking and isinstance(callback, ReferenceDistillation) and callback.teacher != "previous":
+            raise ValueError(
+                f"Two teachers: that of {' and '.join(asking)} is the model after the phase before, that of "
+                f"ReferenceDistillation {callback.teacher!r}. They differ from the second phase on. Give the latter "
+                "teacher='previous', or keep one of them."
+            )

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from datasets import DatasetDict
 
+from hf_modx import ModXTrainingArguments, build_recipe
+from hf_modx.yaml_arguments import parse_arguments
+
 from tiny import tiny_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +177,39 @@ def test_adapters_are_a_flag_and_a_recipe_brings_its_own_settings(example, tmp_p
     assert (settings["peft"], settings["lora_rank"], settings["lora_dropout"]) == ("lora", 16, 0.1)
     assert settings["text_learning_rate_factor"] == 10 and settings["lora_merge"] is False
     assert (tmp_path / "out" / "phase-2" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        (["--recipe", "modx"], {"alpha": 2.0}),
+        (["--recipe", "modx", "--recipe_args", '{"reduction": "mean"}'], {"alpha": 2.0, "reduction": "mean"}),
+        (["--recipe", "modx", "--recipe_args", '{"modx": {"alpha": 5}}'], {"alpha": 5}),
+        (["--recipe", "modx+er", "--recipe_args", '{"modx": {"reduction": "mean"}}'], {"alpha": 2.0}),
+        (["--recipe", "modx", "er"], {"alpha": 2.0}),
+        (["--recipe", '{"modx": {"alpha": 5}}', "er"], {"alpha": 5}),
+    ],
+)
+def test_recipes_have_options_that_suit_the_built_in_stream(flags, options):
+    script, _ = parse_arguments(
+        (continual_clip.ScriptArguments, ModXTrainingArguments), flags, continual_clip.defaults
+    )
+    modx = build_recipe(script.recipe, **script.recipe_options)[0]
+    assert options.items() <= vars(modx).items()
+
+
+def test_options_of_a_part_that_are_no_options_are_refused(capsys):
+    flags = ["--recipe", "modx+er", "--recipe_args", '{"modx": 5}']
+    with pytest.raises(SystemExit):
+        parse_arguments((continual_clip.ScriptArguments, ModXTrainingArguments), flags, continual_clip.defaults)
+    assert "given by part, modx, er" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("protocol", [[], ["--protocol", "mtil_order_1"]], ids=["none", "mtil"])
+def test_learning_rate_of_the_text_tower_takes_the_place_of_a_recipe_s_factor(protocol):
+    flags = ["--recipe", "cclip", "--text_learning_rate", "1e-4", *protocol]
+    _, args = parse_arguments((continual_clip.ScriptArguments, ModXTrainingArguments), flags, continual_clip.defaults)
+    assert (args.peft, args.learning_rate_of_text) == ("lora", 1e-4)
 
 
 def test_configuration_for_one_gpu_is_taken_as_it_stands(start, tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_modx import Contrastive, LossCallback, ModXTrainer, ModXTrainingArguments, build_recipe
+from hf_modx.adapter import add_adapter
 from hf_modx.callbacks import IncCLIP, PhaseBoundary, WeightNormClip
 from hf_modx.callbacks.weight_norm_clip import weight_matrices
 from hf_modx.data import PairCollator, PairDataset
@@ -613,6 +614,20 @@ def test_matrix_that_starts_at_zero_may_grow(processor):
         model.text_projection.weight.fill_(1.0)
     clip.on_optimizer_step(None, None, None, model=model)
     assert (model.text_projection.weight == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_adapter_is_left_alone_and_that_is_told(processor, caplog):
+    pytest.importorskip("peft")
+    model = add_adapter(tiny_clip(processor), ModXTrainingArguments(peft="lora", use_cpu=True))
+    clip = WeightNormClip()
+    clip.start_phase(boundary(model))
+    assert "has no weight matrix to clip" in caplog.text
+    first = next(parameter for name, parameter in model.named_parameters() if "lora_A" in name)
+    with torch.no_grad():
+        first.fill_(9.0)
+    clip.on_optimizer_step(None, None, None, model=model)
+    assert (first == 9).all()
 
 
 # ---- The picture ----

@@ -26,6 +26,7 @@ from hf_modx.embeddings import (
 from hf_modx.gradcache import GradientCache
 from hf_modx.image_cache import cache_resized_images
 from hf_modx.pseudo_texts import Inversion, PseudoTextSearch
+from hf_modx.recipes import recipe_arguments
 from hf_modx.teacher import AdapterOffTeacher, teacher_of
 
 from launch import launch
@@ -371,12 +372,16 @@ def test_interrupted_run_goes_on_to_the_weights_of_an_undisturbed_one(name, star
         ("siglip2", "zscl", {"ensemble_every": 1, "classes": True, "distill_text_tower": True}),
         ("siglip", "ewc", {}),
         ("siglip2", "der", {}),
+        ("siglip", "cclip", {}),
     ],
     indirect=["name"],
 )
 def test_recipes_that_ask_more_of_a_model(name, recipe, options, started, tmp_path):
     stream = make_stream(1, tests=False)
-    continual = ContinualRun(stream, recipe, arguments(tmp_path), model=started[name], recipe_args=options)
+    if of_method := recipe_arguments(recipe):
+        pytest.importorskip("peft")
+    args = arguments(tmp_path, **of_method)
+    continual = ContinualRun(stream, recipe, args, model=started[name], recipe_args=options)
     continual.run()
     before, after = (load_file(continual.phase_folder(k) / "model.safetensors") for k in (0, 1))
     assert all(tensor.isfinite().all() for tensor in after.values())

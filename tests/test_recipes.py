@@ -89,9 +89,9 @@ def test_logit_scale_of_zscl_may_be_trained():
         ("finetune + lwf", ["Contrastive", "LwF"], "Contrastive"),
         ("cumulative+lwf", ["Cumulative", "LwF"], "Cumulative"),
         (
-            "zscl+modx",
-            ["ReferenceDistillation", "L2SP", "WeightEnsemble", "FixedLogitScale", "ModX"],
-            "ModX",
+            "zscl+er",
+            ["ReferenceDistillation", "L2SP", "WeightEnsemble", "FixedLogitScale", "ExperienceReplay"],
+            "ExperienceReplay",
         ),
     ],
 )
@@ -107,6 +107,10 @@ def test_combination_has_one_contrastive_term(recipe, callbacks, owner):
         ("joint+modx", "Joint and ModX each bring the contrastive term"),
         ("wise_ft+weight_ensemble", "WiseFT and WeightEnsemble each decide which weights"),
         ("zscl+wise_ft", "WeightEnsemble and WiseFT each decide which weights"),
+        ("cclip+weight_ensemble", "WiseFT and WeightEnsemble each decide which weights"),
+        ("cclip+wise_ft", "Two parts of the recipe bring WiseFT"),
+        ("modx_plus+er", "Two parts of the recipe bring ExperienceReplay"),
+        ("zscl+modx", "Two teachers: that of ModX is the model after the phase before.*'initial'.*teacher='previous'"),
         ("frozen+modx", "Frozen trains nothing: ModX"),
         ("modx+kl", "Two parts of the recipe bring ModX"),
         ("zscl+l2sp", "Two parts of the recipe bring L2SP"),
@@ -118,6 +122,10 @@ def test_combination_has_one_contrastive_term(recipe, callbacks, owner):
 def test_parts_that_do_not_go_together_are_refused_with_the_reason(recipe, reason):
     with pytest.raises(ValueError, match=reason):
         build_recipe(recipe)
+
+
+def test_two_methods_may_ask_the_same_teacher():
+    assert names("zscl+modx+lwf", zscl={"teacher": "previous"})[-2:] == ["ModX", "LwF"]
 
 
 def test_options_of_a_combination_are_given_by_part():
@@ -161,14 +169,21 @@ def test_callbacks_of_a_list_stay_as_they_are():
     assert build_recipe([]) == []
 
 
+def test_callback_that_gives_up_its_term_is_copied():
+    own = ExperienceReplay(memory_size=7)
+    found = build_recipe(["modx", own])[1]
+    assert own.owns_contrastive and not found.owns_contrastive and found.memory_size == 7
+
+
 def test_list_takes_no_options_beside_it():
     with pytest.raises(ValueError, match="beside their part"):
         build_recipe(["modx"], alpha=5)
 
 
-def test_part_that_is_nothing_of_the_kind_is_refused():
-    with pytest.raises(ValueError, match="not 7"):
-        build_recipe(["modx", 7])
+@pytest.mark.parametrize(("part", "shown"), [(7, "not 7"), ({"er": 7}, "not {'er': 7}")])
+def test_part_that_is_nothing_of_the_kind_is_refused(part, shown):
+    with pytest.raises(ValueError, match=shown):
+        build_recipe(["modx", part])
 
 
 @pytest.mark.parametrize(
@@ -245,7 +260,8 @@ OPTIONS = {
     "zscl": {"ensemble_every": 2, "images_per_step": 4},
     "zscl+ewc": {"zscl": {"ensemble_every": 2, "images_per_step": 4}, "ewc": {"batches": 2}},
 }
-KEEPING = ["ewc", "weight_ensemble", "wise_ft", "zscl", "zscl+ewc"]
+EVERYTHING_KEPT = "zscl+ewc"
+"""A teacher's answers, a mean of weights and a Fisher matrix."""
 
 
 @pytest.fixture
@@ -308,7 +324,7 @@ def test_cumulative_goes_on_with_all_data_for_the_steps_of_one_phase(run, length
     assert [watch.seen[number][1:] for number in (1, 2)] == [(steps, 18), (steps, 27)]
 
 
-@pytest.mark.parametrize("recipe", KEEPING)
+@pytest.mark.parametrize("recipe", ["wise_ft", EVERYTHING_KEPT])
 def test_run_interrupted_after_a_last_step_still_ends_its_phase(run, tmp_path, recipe):
     class StopAtSave(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -342,11 +358,10 @@ def test_run_interrupted_before_publishing_writes_the_same_state_again(run, tmp_
     assert same(state(resumed, 2), state(whole, 2)) and same(weights(resumed, 2), weights(whole, 2))
 
 
-@pytest.mark.parametrize("recipe", ["ewc", "zscl"])
-def test_more_phases_end_with_the_weights_of_one_long_run(run, tmp_path, recipe):
-    run(recipe, make_stream(2))
-    grown = run(recipe, make_stream(3))
-    whole = run(recipe, make_stream(3), output_dir=str(tmp_path / "whole"))
+def test_more_phases_end_with_the_weights_of_one_long_run(run, tmp_path):
+    run(EVERYTHING_KEPT, make_stream(2))
+    grown = run(EVERYTHING_KEPT, make_stream(3))
+    whole = run(EVERYTHING_KEPT, make_stream(3), output_dir=str(tmp_path / "whole"))
     assert same(weights(grown, 3), weights(whole, 3))
 
 
@@ -434,12 +449,11 @@ def test_callbacks_of_ones_own_see_the_boundaries_of_every_phase(run):
     assert events == ["run on 9", "start", "finish", "start", "finish"]
 
 
-@pytest.mark.parametrize("recipe", ["ewc", "zscl"])
-def test_run_goes_on_from_the_hub_with_its_state(run, hub, tmp_path, recipe):
+def test_run_goes_on_from_the_hub_with_its_state(run, hub, tmp_path):
     published = {"push_to_hub": True, "hub_model_id": "owner/run"}
-    run(recipe, make_stream(1), **published)
-    elsewhere = run(recipe, make_stream(2), output_dir=str(tmp_path / "elsewhere"), **published)
-    whole = run(recipe, make_stream(2), output_dir=str(tmp_path / "whole"))
+    run(EVERYTHING_KEPT, make_stream(1), **published)
+    elsewhere = run(EVERYTHING_KEPT, make_stream(2), output_dir=str(tmp_path / "elsewhere"), **published)
+    whole = run(EVERYTHING_KEPT, make_stream(2), output_dir=str(tmp_path / "whole"))
     assert same(weights(elsewhere, 2), weights(whole, 2))
     assert not (elsewhere.phase_folder(1) / "loss_callbacks.safetensors").exists()
 

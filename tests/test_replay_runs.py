@@ -16,7 +16,7 @@ from test_continual import StopAt, make_stream
 from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 SMALL = {"memory_size": 6, "batch_share": 0.3}
-REPLAYING = ["er", "der", "incclip"]
+REPLAYING = ["der", "incclip"]  # the first is "er" with embeddings beside the pairs
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_interrupted_run_has_the_memory_and_the_weights_of_an_undisturbed_one(ru
     assert same(weights(resumed, 2), weights(whole, 2))
 
 
-@pytest.mark.parametrize("recipe", REPLAYING)
-def test_lost_memory_is_made_again(run, tmp_path, recipe):
+def test_lost_memory_is_made_again(run, tmp_path):
+    recipe = "der"  # whose memory holds the most
     first = run(recipe)
     before = content(first, 1)
     shutil.rmtree(first.folder / "memory")

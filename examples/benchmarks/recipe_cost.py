@@ -4,10 +4,10 @@
     python examples/benchmarks/recipe_cost.py --recipes modx,zscl --steps 3 --rounds 1 --batch 8 --reference_texts 100
 
 A CLIP of 4 + 4 layers of width 256 on 64 x 64 pixels, phase 1 of a stream with a base, through `ContinualRun`: replay
-has its memory, ZSCL its references, 64 images and all captions of the base a step. A round trains every recipe once
-and takes the median time from one step's end to the next, input included; a ratio is the median over the rounds of the
-ratio within a round. The last column is what a recipe does before and after the steps of a phase: the seconds of the
-whole run less those of its steps, less what fine-tuning takes for that.
+has its memory, ZSCL its references, 64 images and all captions of the base a step, C-CLIP its adapter. A round trains
+every recipe once and takes the median time from one step's end to the next, input included; a ratio is the median over
+the rounds of the ratio within a round. The last column is what a recipe does before and after the steps of a phase: the
+seconds of the whole run less those of its steps, less what fine-tuning takes for that.
 
 The second table is ZSCL with so many reference texts, which the frozen teacher embeds once, beside embedding them in
 every step as the original does.
@@ -28,7 +28,7 @@ from training_step import StepTimes, pictures, processor
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.callbacks import ReferenceDistillation
 from hf_modx.callbacks.reference import embed_references
-from hf_modx.recipes import build_recipe
+from hf_modx.recipes import build_recipe, recipe_arguments
 
 
 class EncodedEveryStep(ReferenceDistillation):
@@ -68,6 +68,7 @@ def seconds(recipe, options: argparse.Namespace, stream: PhaseStream, steps: int
             disable_tqdm=True,
             use_cpu=not options.gpu,
             teacher_cache=options.teacher_cache,
+            **recipe_arguments(recipe),
         )
         run = ContinualRun(stream, recipe, args, model=clip(), processing_class=processor(), callbacks=[times])
         start = time.perf_counter()

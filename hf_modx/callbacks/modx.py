@@ -19,6 +19,9 @@ class ModX(LossCallback):
     """Keep the off-diagonal information of the contrastive matrix aligned with the old model's, on the rows that the
     old model gets right (Ni et al., ICML 2023). Alone it is the complete method.
 
+    `L = L_contrastive + alpha * (KL_image_to_text + KL_text_to_image) / 2`: KL(old || new) between the softmaxed rows
+    of cosines of the two models, summed over the rows kept; see `modx_loss` and `affinity_distillation`.
+
     Args:
         alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size.
         distill_scale: factor on the cosines inside the distillation softmax (1.0 in the authors' code).
