@@ -36,6 +36,10 @@ def find_bad_samples(
 ) -> list[BadSample]:
     """Check every row: the image must decode, and there must be a caption that is not empty.
 
+    Images of any mode, size and number of frames are good (see `to_rgb`); one of more pixels than Pillow decodes, 179
+    million, is not. Captions of any length and script are good (the tokenizer cuts them); one of spaces, control and
+    format characters alone is an empty one.
+
     It costs one pass of decoding, which is what one epoch pays for it too.
 
     Args:
@@ -94,6 +98,8 @@ def _image_problem(stored: dict[str, Any] | None) -> str | None:
     if stored is None or (stored["bytes"] is None and stored["path"] is None):
         return "the image is null"
     where = f" ({stored['path']})" if stored.get("path") else ""
+    if stored["bytes"] is None and "://" in stored["path"]:
+        return f"the image{where} is an address and no file: fetch the images first"
     try:
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]) as image:
             to_rgb(image)

@@ -23,6 +23,7 @@ from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged
 from .callbacks import LossCallback, check_recipe, replay_of
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
+from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
 from .embeddings import check_dual_encoder
@@ -164,6 +165,7 @@ class ContinualRun:
         Raises:
             RepositoryConflict: the repository holds another run, or another folder has gone on with this one.
             UnpublishedPhases: all is trained and on the disk, but the Hub has not taken all of it.
+            OSError: the disk has too little room for a phase, or was full.
             Interrupted: SIGTERM or SIGINT came; all that is done is on the disk.
         """
         with self.stop, self.hub.alone() if self.hub is not None else nullcontext():
@@ -351,6 +353,7 @@ class ContinualRun:
             trainer.add_callback(callback)
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         self._restore_state(trainer, starts_from)
+        on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
         if state is not None and state.global_step >= self.steps(number):
@@ -367,6 +370,10 @@ class ContinualRun:
         if isinstance(trainer.teacher, CachedTeacher):
             trainer.teacher.remove()
         return trainer if self.args.peft is None else None
+
+    def _require_room(self, number: int, trainer: ModXTrainer) -> None:
+        there = size_of(checkpoints_folder(self.folder, number))
+        require_room(self.folder, bytes_of_phase(trainer.model, trainer.args) - there, f"Phase {number}")
 
     def _restore_state(self, trainer: ModXTrainer, number: int) -> None:
         """Give the loss callbacks what they knew after phase `number`, which is what they go on from."""
@@ -493,16 +500,20 @@ class ContinualRun:
             final = self.phase_folder(number)
             temporary = final.with_name(f".{final.name}.tmp")
             shutil.rmtree(temporary, ignore_errors=True)
-            if has_adapter(model):
-                self._save_adapter(model, number, temporary)
-                model = self._load(temporary)
-            else:
-                model.save_pretrained(temporary)
-            self.processing_class.save_pretrained(temporary)
-            if record is not None:
-                write_json(temporary / "training.json", record | {"weights": weights_fingerprint(model)})
-            publish_folder(temporary, final)
+            with removed_on_failure(temporary, f"Phase {number}"):
+                self._write_phase(number, model, record, temporary)
+                publish_folder(temporary, final)
         self.state.wait_for_everyone()
+
+    def _write_phase(self, number: int, model: nn.Module, record: dict[str, Any] | None, folder: Path) -> None:
+        if has_adapter(model):
+            self._save_adapter(model, number, folder)
+            model = self._load(folder)
+        else:
+            model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+        if record is not None:
+            write_json(folder / "training.json", record | {"weights": weights_fingerprint(model)})
 
     # ---- Evaluation ----
 

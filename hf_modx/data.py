@@ -1,6 +1,7 @@
 """Image-caption pairs from a `datasets.Dataset` to tensors."""
 
 import hashlib
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -12,12 +13,21 @@ from torch import Tensor, nn
 
 from .embeddings import caption_padding, image_inputs, longest_caption, text_inputs
 from .images import augment_affine_color, to_rgb
+from .nearest import did_you_mean
+
+INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+"""Unicode's categories of control and format characters and of spaces."""
 
 
 def as_captions(value: Any) -> list[str]:
-    """The captions of one row: a list of strings from a string or a list; empty ones and nulls are left out."""
+    """The captions of one row: a list of strings from a string or a list; nulls, and those of which nothing would be
+    seen, are left out."""
     values = value if isinstance(value, list) else [value]
-    return [caption.strip() for caption in values if isinstance(caption, str) and caption.strip()]
+    return [caption.strip() for caption in values if isinstance(caption, str) and _is_visible(caption)]
+
+
+def _is_visible(caption: str) -> bool:
+    return any(unicodedata.category(character) not in INVISIBLE for character in caption)
 
 
 class PairDataset(torch.utils.data.Dataset):
@@ -238,8 +248,9 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
         )
     for option, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in dataset.column_names:
+            near = did_you_mean(column, dataset.column_names)
             raise ValueError(
-                f"There is no column {column!r} ({option}). The columns are: {', '.join(dataset.column_names)}."
+                f"There is no column {column!r} ({option}).{near} The columns are: {', '.join(dataset.column_names)}."
             )
     image_feature = dataset.features[image_column]
     if not isinstance(image_feature, datasets.Image):
@@ -268,10 +279,21 @@ def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
 
 
 def check_processor(processing_class: Any) -> None:
-    """Raise a TypeError unless the processor has an image processor and a tokenizer."""
+    """Raise unless the processor has an image processor and a tokenizer that can pad.
+
+    Raises:
+        TypeError: one of the two is missing.
+        ValueError: the tokenizer has no padding token.
+    """
     missing = [name for name in ("image_processor", "tokenizer") if not hasattr(processing_class, name)]
     if missing:
         raise TypeError(
             f"processing_class must be a processor for images and texts like CLIPProcessor; "
             f"{type(processing_class).__name__} has no {' and no '.join(missing)}."
+        )
+    if getattr(processing_class.tokenizer, "pad_token", "") is None:
+        raise ValueError(
+            "The tokenizer has no padding token, and the captions of a batch are not of one length. Set "
+            "tokenizer.pad_token to the token that the model was trained with; where there was none, to "
+            "tokenizer.eos_token."
         )

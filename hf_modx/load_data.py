@@ -6,6 +6,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from .nearest import did_you_mean
+
 
 def load_splits(name: str, config: str | None = None, image_column: str = "image") -> DatasetDict:
     """The splits of a data set on the Hub, of a folder written by `save_to_disk`, of an image folder with metadata, or
@@ -70,6 +72,7 @@ def require_columns(table: Dataset, name: str, **columns: str) -> None:
     """Raise a ValueError unless the table has all columns; its name and those of the options stand in the message."""
     for option, column in columns.items():
         if column not in table.column_names:
+            near = did_you_mean(column, table.column_names)
             raise ValueError(
-                f"{name} has no column {column!r} ({option}). The columns are: {', '.join(table.column_names)}."
+                f"{name} has no column {column!r} ({option}).{near} The columns are: {', '.join(table.column_names)}."
             )

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
+from .nearest import did_you_mean
+
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
 
@@ -330,7 +332,8 @@ def _stored(value):
 
 def _column(dataset: Dataset, column: str) -> list:
     if column not in dataset.column_names:
-        raise ValueError(f"There is no column {column!r}. The columns are: {', '.join(dataset.column_names)}.")
+        near = did_you_mean(column, dataset.column_names)
+        raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
     values = list(dataset[column])
     if any(value is None for value in values):
         row = next(row for row, value in enumerate(values) if value is None)

@@ -7,6 +7,7 @@ from datasets import Dataset
 from .bad_samples import BadSample, drop_bad_samples, find_bad_samples
 from .data import check_columns, check_pair_ids
 from .distributed import on_each_process, on_main_process, world_size
+from .nearest import did_you_mean
 from .overlap import image_digests, shared_rows
 from .phases import PhaseStream
 from .training_args import ModXTrainingArguments
@@ -32,6 +33,7 @@ class StreamChecks:
             TypeError, ValueError: columns that are missing or of another type; rows that cannot be used, unless
                 `bad_samples="skip"`; parts that are too small. The message names them.
         """
+        _refuse_unknown_pair_ids(stream, self.args.pair_id_column)
         stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
         _refuse_too_few_pairs(stream, self.args)
         return stream
@@ -64,6 +66,17 @@ class StreamChecks:
         if bad:
             self.bad_samples[name] = self.bad_samples.get(name, []) + bad
         return drop_bad_samples(part, bad, self.args.bad_samples, name)
+
+
+def _refuse_unknown_pair_ids(stream: PhaseStream, column: str) -> None:
+    """The column may be missing only where its name is the default one: then no data need to have it."""
+    parts = [*(part.train for part in stream.all_phases()), *(dataset for dataset, _ in stream.tests().values())]
+    known = {name: None for part in parts for name in part.column_names}
+    if column not in known and column != ModXTrainingArguments.pair_id_column:
+        near = did_you_mean(column, known)
+        raise ValueError(
+            f"There is no column {column!r} (pair_id_column) in any part.{near} The columns are: {', '.join(known)}."
+        )
 
 
 def _refuse_too_few_pairs(stream: PhaseStream, args: ModXTrainingArguments) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import prepare_data_loader
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, concatenate_datasets
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, che
 from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_states, unpack_states
 from .callbacks.contrastive import contrastive_loss
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
+from .disk import removed_on_failure
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
 from .embeddings import (
     IMAGE_INPUTS,
@@ -315,12 +317,24 @@ class ModXTrainer(Trainer):
 
         Raises:
             FloatingPointError: the loss is NaN or infinite; the step is not taken.
+            torch.OutOfMemoryError, RuntimeError: there is too little memory; the message says what takes it.
         """
         self._computed = None
-        loss = self._forward_and_backward(model, inputs, num_items_in_batch)
+        try:
+            loss = self._forward_and_backward(model, inputs, num_items_in_batch)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise type(error)(f"{error} {self._how_to_need_less_memory()}") from error
         if self._computed is not None and not is_finite_everywhere(loss):
             self._refuse_loss()
         return loss
+
+    def _how_to_need_less_memory(self) -> str:
+        batch, chunk = self.args.per_device_train_batch_size, self.args.gradient_cache_chunk_size
+        if chunk is not None:
+            return f"Lower gradient_cache_chunk_size (now {chunk}; per_device_train_batch_size is {batch})."
+        return f"All {batch} pairs of a process are held at once: set gradient_cache_chunk_size to fewer."
 
     def _refuse_loss(self) -> None:
         terms, student, row_ids = self._computed
@@ -590,22 +604,26 @@ class ModXTrainer(Trainer):
         step = self.state.global_step
         require_finite_weights(self._dual_encoder, f"Step {step} is not saved: after it the model has")
         run_folder = self._get_output_dir(trial)
-        folder = os.path.join(run_folder, f"checkpoint-{step}")
+        folder = Path(run_folder, f"checkpoint-{step}")
+        with removed_on_failure(folder, f"The checkpoint of step {step}"):
+            self._write_checkpoint(folder, model, trial)
         if self.args.should_save:
-            os.makedirs(folder, exist_ok=True)
-            Path(folder, SEAL).unlink(missing_ok=True)
-            self.save_loss_callbacks(os.path.join(folder, LOSS_CALLBACKS_NAME))
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run_folder, self.args.save_total_limit, best, use_mtime=True)
+
+    def _write_checkpoint(self, folder: Path, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SEAL).unlink(missing_ok=True)
+            self.save_loss_callbacks(folder / LOSS_CALLBACKS_NAME)
             if beside := {**self._beside_adapter(), **self._along.state_dict()}:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.items()}
-                save_file(tensors, os.path.join(folder, TRAINED_BESIDE_NAME))
+                save_file(tensors, folder / TRAINED_BESIDE_NAME)
         with self._keeping_all_checkpoints():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state
         if self.args.should_save:
-            seal(Path(folder))
-            rotate_checkpoints(
-                run_folder, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
-            )
+            seal(folder)
 
     @contextmanager
     def _keeping_all_checkpoints(self) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """Arguments from a YAML file and flags, typed by one parser."""
 
 import argparse
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
+
+from .nearest import did_you_mean
 
 UNSET = ("", "null", "~")
 
@@ -30,8 +31,7 @@ def yaml_to_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     flags: list[str] = []
     for key, value in content.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{path}: there is no option {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+            raise ValueError(f"{path}: there is no option {key!r}.{did_you_mean(key, known)}")
         if isinstance(value, dict):
             value = json.dumps(_typed(value))
         if isinstance(value, list):

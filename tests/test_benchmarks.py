@@ -14,6 +14,7 @@ SMALL = {
     "gpu_check": "--device cpu --sizes 64 --repeats 1",
     "retrieval": "--images 40 --captions_per_image 2 --dim 16 --repeats 1",
     "recipe_cost": "--recipes modx,zscl --batch 4 --steps 2 --rounds 1 --reference_texts 20",
+    "long_stream": "--phases 6 --rows 2",
     "input_pipeline": "--images 8 --batch_size 4 --workers 0,1 --repeats 1",
 }
 

@@ -38,12 +38,13 @@ def _peak_extra_megabytes(prepare: Callable[..., Callable[[], object]], *args) -
     run = prepare(*args)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS, see proc(5)
-    before = _kibibytes("VmRSS")
+    before = kibibytes("VmRSS")
     run()
-    return (_kibibytes("VmHWM") - before) / 1024
+    return (kibibytes("VmHWM") - before) / 1024
 
 
-def _kibibytes(name: str) -> int:
+def kibibytes(name: str) -> int:
+    """What Linux says of this process's memory: VmRSS is what is resident."""
     return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 
 
