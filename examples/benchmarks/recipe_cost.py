@@ -6,8 +6,8 @@
 A CLIP of 4 + 4 layers of width 256 on 64 x 64 pixels, phase 1 of a stream with a base, through `ContinualRun`: replay
 has its memory, ZSCL its references, 64 images and all captions of the base a step, C-CLIP its adapter. A round trains
 every recipe once and takes the median time from one step's end to the next, input included; a ratio is the median over
-the rounds of the ratio within a round. The last column is what a recipe does before and after the steps of a phase: the
-seconds of the whole run less those of its steps, less what fine-tuning takes for that.
+the rounds of the ratio within a round. The last column is what a recipe does before and after the steps of a phase:
+the seconds of the whole run less those of its steps, less what fine-tuning takes for that.
 
 The second table is ZSCL with so many reference texts, which the frozen teacher embeds once, beside embedding them in
 every step as the original does.
