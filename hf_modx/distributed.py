@@ -91,7 +91,7 @@ def on_each_process(function: Callable[[int, int], list]) -> list:
 def _attempt(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except Exception as error:
+    except Exception as error:  # whatever it is: the other processes wait for this one, and it is raised on all
         return _portable(error)
 
 
@@ -99,7 +99,7 @@ def _portable(error: Exception) -> Exception:
     """The error, or its text where it cannot travel to the other processes."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:
+    except Exception:  # an exception's own way to be pickled may raise anything
         return RuntimeError(repr(error))
     return error
 

@@ -26,8 +26,6 @@ from hf_modx.trainer import TRAINED_BESIDE_NAME
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
 
-pytest.importorskip("peft")
-
 # ---- The loss ----
 
 

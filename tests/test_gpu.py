@@ -16,7 +16,7 @@ from hf_modx import RECIPES, ContinualRun
 from test_continual import make_stream
 from tiny import tiny_clip
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="about a GPU, and there is none here")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, recipe
 
 
 def test_energy_of_a_phase_is_in_the_results(run, tmp_path):
-    pytest.importorskip("pynvml")
+    pytest.importorskip("pynvml", reason="the energy counters of the driver are read through nvidia-ml-py")
     run("modx")
     (first, second) = json.loads((tmp_path / "out" / "results.json").read_text())["training"]
     assert 0 < first["train_energy_joules"] < 1e6 and 0 < second["train_energy_joules"] < 1e6

@@ -1,5 +1,6 @@
 """The gradient cache: the gradient of the whole batch, dropout replayed, whatever the model is wrapped in."""
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -163,8 +164,6 @@ def test_held_batches_are_one_contrastive_batch(tmp_path, processor):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapter_is_trained_in_chunks(tmp_path, processor):
-    peft = pytest.importorskip("peft")
-
     def adapted():
         torch.manual_seed(0)
         return peft.get_peft_model(tiny_clip(processor), peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

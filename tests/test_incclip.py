@@ -618,7 +618,6 @@ def test_matrix_that_starts_at_zero_may_grow(processor):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapter_is_left_alone_and_that_is_told(processor, caplog):
-    pytest.importorskip("peft")
     model = add_adapter(tiny_clip(processor), ModXTrainingArguments(peft="lora", use_cpu=True))
     clip = WeightNormClip()
     clip.start_phase(boundary(model))

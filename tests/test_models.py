@@ -3,6 +3,7 @@
 import ast
 import json
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -279,7 +280,6 @@ def test_two_processes_train_the_scale_bias_and_weights_of_one(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_old_model_of_an_adapter_keeps_its_scale_and_bias():
-    peft = pytest.importorskip("peft")
     student = peft.get_peft_model(tiny_dual_encoder("siglip")[0], peft.LoraConfig(target_modules=["q_proj"], r=2))
     for scale in (student.logit_scale, student.logit_bias):
         scale.requires_grad_(True)
@@ -378,9 +378,7 @@ def test_interrupted_run_goes_on_to_the_weights_of_an_undisturbed_one(name, star
 )
 def test_recipes_that_ask_more_of_a_model(name, recipe, options, started, tmp_path):
     stream = make_stream(1, tests=False)
-    if of_method := recipe_arguments(recipe):
-        pytest.importorskip("peft")
-    args = arguments(tmp_path, **of_method)
+    args = arguments(tmp_path, **recipe_arguments(recipe))
     continual = ContinualRun(stream, recipe, args, model=started[name], recipe_args=options)
     continual.run()
     before, after = (load_file(continual.phase_folder(k) / "model.safetensors") for k in (0, 1))

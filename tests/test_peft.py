@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -25,7 +26,6 @@ from test_continual import StopAt, make_stream
 from test_model_card import snippets
 from tiny import tiny_clip
 
-peft = pytest.importorskip("peft")
 # What a reader of an adapter sees; the library itself asks PEFT not to.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -25,7 +25,7 @@ from hf_modx.identity import run_identity
 from hf_modx.recipes import recipe_name
 
 from launch import launch
-from test_continual import StopAt, make_stream
+from test_continual import StopAt, make_stream, weights
 from tiny import tiny_clip, tiny_processor
 
 
@@ -280,10 +280,6 @@ def run(model, processor, make_args):
         return continual
 
     return run
-
-
-def weights(run, number):
-    return load_file(run.phase_folder(number) / "model.safetensors")
 
 
 def state(run, number):

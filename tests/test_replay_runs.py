@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 
 from launch import launch
-from test_continual import StopAt, make_stream
+from test_continual import StopAt, make_stream, same, weights
 from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 SMALL = {"memory_size": 6, "batch_share": 0.3}
@@ -35,14 +35,6 @@ def run(model, processor, make_args):
         return continual
 
     return run
-
-
-def weights(run, number):
-    return load_file(run.phase_folder(number) / "model.safetensors")
-
-
-def same(first, second):
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def table(run, number):

@@ -7,6 +7,7 @@ import shutil
 import weakref
 from collections import namedtuple
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -464,7 +465,6 @@ def test_unknown_mode_is_refused():
 
 
 def with_adapter(model, **options):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5, **options}
     return peft.get_peft_model(model, peft.LoraConfig(**settings))

@@ -1,6 +1,7 @@
 """Trackers see all phases of a run as one training."""
 
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
@@ -80,7 +81,6 @@ def test_tracker_that_serves_all_phases_is_shifted_once_each(run, recorder):
 
 
 def test_event_files_of_tensorboard_are_one_run(run, make_args, tmp_path, monkeypatch):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     run(stream(), "tensorboard")

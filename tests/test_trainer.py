@@ -7,6 +7,7 @@ import logging
 import warnings
 import weakref
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -157,7 +158,6 @@ def test_cache_of_augmented_images_is_refused(make_args):
 
 
 def test_student_with_an_adapter_needs_no_copy(model, make_args, processor, pairs):
-    peft = pytest.importorskip("peft")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an old name
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))

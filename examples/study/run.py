@@ -261,7 +261,7 @@ class Workers:
                 continual_clip.main(run.argv)
             except SystemExit as error:
                 print(error.code if isinstance(error.code, str) else "", file=log)
-            except Exception:
+            except Exception:  # why a run has failed, whatever it is, stands in the tables; the others go on
                 traceback.print_exc(file=log)
             else:
                 return None

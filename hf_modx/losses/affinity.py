@@ -154,9 +154,7 @@ class _AffinityLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, contrastive_grad, distillation_grad, *_):
         if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "The gradient of these losses cannot be differentiated again (create_graph=True)."
-            )
+            raise RuntimeError("The gradient of these losses cannot be differentiated again (create_graph=True).")
         images, texts, old_images, old_texts = ctx.saved_tensors
         settings, (sharp, soft, old) = ctx.settings, ctx.softmaxes
         processes = 1 if settings.shard is None else settings.shard.processes

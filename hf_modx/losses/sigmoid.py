@@ -115,5 +115,5 @@ class _SigmoidLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple:
         if torch.is_grad_enabled():
-            raise NotImplementedError("The gradient of this loss cannot be differentiated again (create_graph=True).")
+            raise RuntimeError("The gradient of this loss cannot be differentiated again (create_graph=True).")
         return *(slope * gradient for gradient in ctx.saved_tensors), None
