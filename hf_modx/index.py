@@ -17,7 +17,7 @@ from .losses.contrastive import full_precision
 Index = TypeVar("Index", Tensor, np.ndarray, Dataset)
 
 TILE = 4096
-TOWARDS_IDENTITY = 1e-6
+TOWARDS_IDENTITY = 1e-9
 """Of the largest singular value: what the pairs say nothing about is left as it is."""
 
 
