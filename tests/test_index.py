@@ -14,6 +14,7 @@ from test_disorder import turn, unit
 from hf_modx import ModXTrainer, ModXTrainingArguments
 from hf_modx.callbacks import Anchor
 from hf_modx.cli import main
+from hf_modx.cli.index_check import advice
 from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, retrieval_metrics
 from hf_modx.index import IndexAlignment, align_index
 from hf_modx.losses import anchor_loss
@@ -225,8 +226,23 @@ def test_index_of_the_same_model_is_to_be_kept(check):
     assert report["advice"].startswith("Keep the index: as it stands it loses 0.0 points")
 
 
-def test_index_of_another_model_is_to_be_rebuilt(check):
-    assert "Rebuild the index: re-aligned it loses" in check("old", "new", "--fit_samples", "4", "--tolerance", "0")
+@pytest.mark.parametrize(
+    ("stale", "realigned", "said"),
+    [
+        (0.496, 0.5, "Keep the index: as it stands it loses 0.9 points"),
+        (0.6, 0.7, "Keep the index: as it stands it loses 0.0 points"),
+        (0.3, 0.5, "Re-align the index: turned by one orthogonal map it loses 0.5 points, as it stands 20.5"),
+        (0.3, 0.48, "Rebuild the index: re-aligned it loses 2.5 points, as it stands 20.5"),
+    ],
+)
+def test_advice_is_the_cheapest_way_that_keeps_the_recall_both_ways(stale, realigned, said):
+    def recalls(to_image, to_text):
+        return {"cross_phase_text_to_image_recall@1": to_image, "cross_phase_image_to_text_recall@1": to_text}
+
+    values = {"stale": recalls(stale, 0.7), "realigned": recalls(realigned, 0.7), "rebuilt": recalls(0.5, 0.7)}
+    lower = {how: recalls(*(value - 0.01 for value in found.values())) for how, found in values.items()}
+    lower["rebuilt"] = recalls(0.5, 0.7)
+    assert advice({"one": values, "two": lower}, 0.01).startswith(said)
 
 
 def test_half_of_a_test_fits_the_maps_where_there_is_no_training_split(place, tmp_path, capsys):
