@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,9 @@ from hf_modx.data import PairCollator, PairDataset
 from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, encode_pairs, retrieval_metrics
 from hf_modx.index import IndexAlignment, align_index
 from hf_modx.losses import anchor_loss
+from hf_modx.report import read_run
+from hf_modx.report.tables import compare
+from hf_modx.report.writing import default_metrics
 
 from test_continual import make_stream
 from tiny import tiny_clip, tiny_pairs
@@ -310,9 +314,12 @@ def test_card_shows_the_kept_index_and_its_metadata_only_what_the_model_does_alo
     assert "cross_phase" not in card.partition("\n---\n")[0]
 
 
-def test_report_compares_the_kept_indexes(finished, tmp_path):
-    assert main(["report", str(finished[0].folder), "--output_dir", str(tmp_path)]) == 0
-    assert "### Cross-phase text-to-image recall@1" in (tmp_path / "report.md").read_text()
+def test_report_compares_the_kept_indexes_where_all_runs_have_one(finished):
+    run = read_run(finished[0].folder)
+    assert default_metrics({"finetune": [run]})[-1] == "cross_phase_text_to_image_recall@1"
+    assert "part 0, end" in compare({"finetune": [run]}, "cross_phase_text_to_image_recall@1").header
+    without = replace(run, results={**run.results, "matrix": {"image_to_text_recall@1": [[0.5] * 3] * 3}})
+    assert default_metrics({"finetune": [run], "modx": [without]}) == ["image_to_text_recall@1"]
 
 
 def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):

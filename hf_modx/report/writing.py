@@ -25,10 +25,8 @@ def default_metrics(groups: Groups) -> list[str]:
     none."""
     matrix = next(iter(groups.values()))[0].results["matrix"]
     measured = [name for name, rows in matrix.items() if any(value is not None for row in rows for value in row)]
-    known = [
-        name for name in METRICS if all(name in run.results["matrix"] for runs in groups.values() for run in runs)
-    ]
-    return [name for name in known if name in measured] or measured[:1] or list(matrix)[:1]
+    of_all = set(METRICS).intersection(*(run.results["matrix"] for runs in groups.values() for run in runs))
+    return [name for name in METRICS if name in of_all and name in measured] or measured[:1] or list(matrix)[:1]
 
 
 def write_report(
