@@ -47,6 +47,7 @@ from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
 from .losses import Shard
 from .model_card import trainer_card
+from .pair_groups import Arrangement, arrangement_for
 from .recipes import Part, build_recipe
 from .replay import Replay, StoredEmbeddings
 from .sampling import GlobalBatches
@@ -451,6 +452,7 @@ class ModXTrainer(Trainer):
             batches_held=self.args.batches_held,
             memory_rows=len(dataset) - len(self.train_dataset),
             memory_share=self._replay.batch_share if self._replay is not None else 0.0,
+            arrange=self._arrangement(),
             process_index=process_index(),
             num_processes=world_size(),
         )
@@ -583,7 +585,7 @@ class ModXTrainer(Trainer):
         first = encoded.first_captions()
         with torch.no_grad():
             pairs = pair_embeddings(self._dual_encoder, encoded.image, encoded.text[first])
-            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids).item()
+            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids, positives=self._positives).item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
@@ -725,6 +727,13 @@ class ModXTrainer(Trainer):
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     @property
+    def _positives(self) -> bool:
+        return self.args.same_pair_id == "positive"
+
+    def _arrangement(self) -> Arrangement | None:
+        return arrangement_for(self.args, self.train_dataset, has_columns=self._uses_columns)
+
+    @property
     def _needs_teacher(self) -> bool:
         return any(callback.needs_teacher for callback in self.loss_callbacks)
 
@@ -772,6 +781,7 @@ class ModXTrainer(Trainer):
             step=self.state.global_step,
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
+            positives=self._positives,
             shard=_shard(counts) if world_size() > 1 and kept is None else None,
             stored=stored,
         )
@@ -913,6 +923,7 @@ class ModXTrainer(Trainer):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return
+        self._arrangement()
         pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
         if pairs < 2:
             raise ValueError(

@@ -94,7 +94,9 @@ def affinity_losses(
     """
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device).reshape(())
-    settings = _Settings(distill_scale, screen, rows, repeated(pair_ids), positives, block_rows(texts, chunk_size), shard)
+    settings = _Settings(
+        distill_scale, screen, rows, repeated(pair_ids), positives, block_rows(texts, chunk_size), shard
+    )
     return AffinityLosses(*_AffinityLosses.apply(images, texts, scale, old_images, old_texts, settings))
 
 

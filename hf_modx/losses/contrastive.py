@@ -28,10 +28,10 @@ def info_nce(
         logit_scale: the factor s itself, already exponentiated, > 0; takes gradient.
         pair_ids: (N,) or (N, K) integers. Different rows that agree in an id are no negatives of each other. None:
             every other row is a negative.
-        positives: other rows that agree in an id are positives of each other: the target of a row is an equal share
-            for each of them and its own pair, and they stay in the denominator ("unified contrastive learning", Yang et
-            al., CVPR 2022, equations 2 to 4; as the loss outside the logarithm of SupCon, Khosla et al., NeurIPS 2020).
-            False: they are no negatives of each other, their columns leave the denominator.
+        positives: rows that agree in an id are positives of each other: the target of a row is an equal share for each
+            of them and for its own pair, and all stay in the denominator (UniCL: Yang et al., "Unified Contrastive
+            Learning in Image-Text-Label Space", CVPR 2022, section 3; the mean over positives outside the logarithm
+            is that of SupCon, Khosla et al., NeurIPS 2020). False: their columns leave the denominator.
         extra_text_embeds: (M, D), unit-norm rows: further negatives of every image, for instance generated texts.
             They widen the image-to-text denominators and have no row of their own.
         chunk_size: rows of the similarity matrix held at once; None chooses. Bounds memory, never changes the result.
