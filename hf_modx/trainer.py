@@ -53,6 +53,7 @@ from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
 from .learning_rates import give_own_learning_rate
 from .model_card import trainer_card
+from .pair_groups import Arrangement, arrangement_for
 from .ready_batch import (
     ReadyBatch,
     first_occurrences,
@@ -466,6 +467,7 @@ class ModXTrainer(Trainer):
             batches_held=self.args.batches_held,
             memory_rows=len(dataset) - len(self.train_dataset),
             memory_share=self._replay.batch_share if self._replay is not None else 0.0,
+            arrange=self._arrangement(),
             process_index=process_index(),
             num_processes=world_size(),
         )
@@ -598,7 +600,7 @@ class ModXTrainer(Trainer):
         first = encoded.first_captions()
         with torch.no_grad():
             pairs = pair_embeddings(self._dual_encoder, encoded.image, encoded.text[first])
-            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids).item()
+            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids, positives=self._positives).item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
@@ -720,6 +722,13 @@ class ModXTrainer(Trainer):
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     @property
+    def _positives(self) -> bool:
+        return self.args.same_pair_id == "positive"
+
+    def _arrangement(self) -> Arrangement | None:
+        return arrangement_for(self.args, self.train_dataset, has_columns=self._uses_columns)
+
+    @property
     def _needs_teacher(self) -> bool:
         return any(callback.needs_teacher for callback in self.loss_callbacks)
 
@@ -768,6 +777,7 @@ class ModXTrainer(Trainer):
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
             shard=own_shard(counts) if world_size() > 1 and kept is None else None,
+            positives=self._positives,
             stored=stored,
         )
         return context, kept
@@ -881,6 +891,7 @@ class ModXTrainer(Trainer):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return
+        self._arrangement()
         pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
         if pairs < 2:
             raise ValueError(

@@ -63,7 +63,7 @@ class ModX(LossCallback):
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
-        rows = {"pair_ids": context.pair_ids, "chunk_size": self.chunk_size, "shard": context.shard}
+        rows = {**context.relations, "chunk_size": self.chunk_size}
         distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
         if self.owns_contrastive and self.screen and student.logit_bias is None:
             result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **distillation, **rows)
