@@ -17,9 +17,13 @@ EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import continual_clip  # noqa: E402
+import own_callback  # noqa: E402
+
+from hf_modx import ModXTrainer, Phase, PhaseStream, build_recipe  # noqa: E402
+from hf_modx.data import PairCollator  # noqa: E402
 
 from launch import launch  # noqa: E402
-from tiny import SHAPES, tiny_pairs  # noqa: E402
+from tiny import SHAPES, tiny_clip, tiny_pairs  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +165,45 @@ def test_without_a_network_nothing_is_asked_for(cook, tmp_path, monkeypatch):
     flags = [config("no_network.yaml"), "--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "2"]
     run = cook(*flags)
     assert (run / "phase-2" / "README.md").exists() and len(results(run)["training"]) == 2
+
+
+# ---- A loss callback of one's own ----
+
+
+def text_embeds(model, processor):
+    tokens = PairCollator.for_model(model, processor).tokens([f"a {shape}" for shape in SHAPES])
+    with torch.no_grad():
+        return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+
+
+def test_own_callback_holds_the_texts_where_they_were(processor, pairs, make_args):
+    def cosine_to_start(recipe):
+        model = tiny_clip(processor)
+        before = text_embeds(model, processor)
+        trainer = ModXTrainer(
+            model=model,
+            args=make_args(),
+            train_dataset=pairs,
+            processing_class=processor,
+            loss_callbacks=build_recipe(recipe),
+        )
+        trainer.train()
+        cosines = (before * text_embeds(trainer.model, processor)).sum(dim=-1)
+        return cosines.min().item(), trainer.state.log_history[0]
+
+    free, _ = cosine_to_start(["finetune"])
+    held, logged = cosine_to_start(["finetune", own_callback.TextAnchor(weight=50.0)])
+    assert 1 - held < (1 - free) / 2
+    assert logged["loss"] == pytest.approx(logged["contrastive"] + logged["text_anchor"], rel=1e-3)
+    assert "text_angle" in logged
+
+
+def test_own_callback_s_script_prints_the_matrix(tmp_path, monkeypatch, capsys):
+    parts = [tiny_pairs(16, start=16 * part) for part in range(2)]
+    known, new = (Phase(f"part {k}", part.select(range(12)), part.select(range(12, 16))) for k, part in enumerate(parts))
+    monkeypatch.setattr(own_callback, "demo_stream", lambda seed: PhaseStream((new,), base=known))
+    flags = ["--max_steps", "1", "--base_max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    own_callback.main([*flags, "--weight", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out")])
+    assert "| part 1 |" in capsys.readouterr().out
+    identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    assert identity["recipe_args"]["TextAnchor"]["weight"] == 2
