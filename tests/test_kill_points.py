@@ -8,15 +8,22 @@ draws so many points for the main recipe and a tenth of it for every other.
 import os
 
 import pytest
+from kill_points import differences, drawn, in_a_process, outcome
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments
 from hf_modx.recipes import recipe_arguments
 
-from kill_points import differences, drawn, in_a_process, outcome
 from test_continual import make_stream
 from tiny import tiny_clip, tiny_processor
 
 MAIN = "modx+er+weight_ensemble"
+# An ensemble of the first weights alone would be the same whatever is done to the steps.
+OPTIONS = {
+    MAIN: {"weight_ensemble": {"every": 2}},
+    "weight_ensemble": {"every": 2},
+    "zscl": {"ensemble_every": 2},
+    "zscl_star": {"ensemble_every": 2},
+}
 POINTS = int(os.environ.get("KILL_POINTS", "2"))
 
 
@@ -42,7 +49,13 @@ def run_of(recipe, folder):
             **recipe_arguments(recipe),
         )
         ContinualRun(
-            stream, recipe, args, model=tiny_clip(processor), processing_class=processor, callbacks=[points]
+            stream,
+            recipe,
+            args,
+            model=tiny_clip(processor),
+            processing_class=processor,
+            recipe_args=OPTIONS.get(recipe),
+            callbacks=[points],
         ).run()
 
     return run
@@ -58,7 +71,10 @@ def undisturbed(tmp_path_factory):
             root = tmp_path_factory.mktemp("whole")
             status, names = in_a_process(root, run_of(recipe, root / "run"))
             assert status == 0
-            known[recipe] = names, outcome(root / "run")
+            whole = outcome(root / "run")
+            weights = {digest for name, digest in whole["weights"].items() if name.startswith("phase-")}
+            assert len(weights) == (1 if recipe == "frozen" else 3)  # there is something to be lost
+            known[recipe] = names, whole
         return known[recipe]
 
     return undisturbed
