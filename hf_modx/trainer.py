@@ -52,6 +52,7 @@ from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
 from .learning_rates import give_own_learning_rate
+from .log_means import LogMeans
 from .model_card import trainer_card
 from .pair_groups import Arrangement, arrangement_for
 from .ready_batch import (
@@ -169,7 +170,7 @@ class ModXTrainer(Trainer):
         self._phase_has_started = False
         if train_dataset is not None:
             self._remember_phase_start()
-        self._records: dict[str, tuple[Tensor, int]] = {}
+        self._means = LogMeans()
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
@@ -232,6 +233,8 @@ class ModXTrainer(Trainer):
         self._start_phase()
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if rest := self._since_the_last_log():
+            self.log(rest)
         self.finish_phase()
 
     def finish_phase(self) -> None:
@@ -430,10 +433,11 @@ class ModXTrainer(Trainer):
                 terms[name] = term
         if clash := terms.keys() & context.metrics.keys():
             raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
-        self._record({**terms, **context.metrics})
+        loss = torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        self._means.add({"loss": loss, **terms, **context.metrics})
         found = replace(student, image=student.image.detach(), text=student.text.detach())
         self._computed = {name: term.detach() for name, term in terms.items()}, found, context.row_ids
-        return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        return loss
 
     def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings | None:
         """The old model's embeddings of this process's batch, in chunks where the student has chunks."""
@@ -520,15 +524,24 @@ class ModXTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and (share := self.data_wait.share()) is not None:
             logs["data_wait"] = share
-        if self._records and ("loss" in logs or "train_loss" in logs):
-            logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
-            logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
-            if getattr(self._dual_encoder, "logit_bias", None) is not None:
-                logs["logit_bias"] = self._dual_encoder.logit_bias.item()
-            self._records = {}
+        if "loss" in logs:
+            logs.update(self._since_the_last_log(with_loss=True))
+        elif "train_loss" in logs:
+            logs.update(self._since_the_last_log())
         if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
             logs["train_energy_joules"] = joules
         super().log(logs, start_time)
+
+    def _since_the_last_log(self, with_loss: bool = False) -> dict[str, float]:
+        """Means over the steps. The loss among them is what the stock log says, which forgets all before an interruption."""
+        means = self._means.take()
+        if not means:
+            return {}
+        model = self._dual_encoder
+        means["logit_scale"] = model.logit_scale.detach().exp().item()
+        if getattr(model, "logit_bias", None) is not None:
+            means["logit_bias"] = model.logit_bias.item()
+        return {name: mean for name, mean in means.items() if with_loss or name != "loss"}
 
     # ---- Evaluation ----
 
@@ -634,6 +647,7 @@ class ModXTrainer(Trainer):
             (folder / SEAL).unlink(missing_ok=True)
             self.save_loss_callbacks(folder / LOSS_CALLBACKS_NAME)
             write_trained_beside(self._dual_encoder, self._along, folder)
+            self._means.write(folder)
         with self._keeping_all_checkpoints():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state
@@ -654,6 +668,7 @@ class ModXTrainer(Trainer):
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
         read_beside_adapter(self._dual_encoder, resume_from_checkpoint)
         read_trained_along(self._along, resume_from_checkpoint)
+        self._means.read(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -853,11 +868,6 @@ class ModXTrainer(Trainer):
     def _pad_token_id(self) -> int:
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         return 0 if tokenizer is None else tokenizer.pad_token_id
-
-    def _record(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            total, count = self._records.get(name, (torch.zeros((), device=value.device), 0))
-            self._records[name] = (total + value.detach(), count + 1)
 
     def _training_pairs(self) -> PairDataset:
         """The new pairs, and after them those of the memory."""
