@@ -24,6 +24,7 @@ def test_every_script_is_run():
     assert scripts == set(SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SMALL)
 def test_script_prints_its_table(script, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(FOLDER))

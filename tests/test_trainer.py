@@ -501,6 +501,7 @@ def test_pair_ids_must_be_whole_numbers(model, make_args, processor, pairs, ids)
         train(model, make_args(), processor, data)
 
 
+@pytest.mark.slow
 def test_compiled_model_trains_the_same_weights(model, make_args, processor, pairs):
     changes = {"optim": "sgd", "learning_rate": 0.05, "teacher_cache": "off"}
     plain = copy.deepcopy(model)
