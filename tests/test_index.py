@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,16 +10,23 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
 from test_callbacks import context_of, random_pairs
-from test_disorder import turn, unit
+from test_disorder import finish, turn, unit
+from transformers import CLIPModel
 
 from hf_modx import ModXTrainer, ModXTrainingArguments
 from hf_modx.callbacks import Anchor
 from hf_modx.cli import main
 from hf_modx.cli.index_check import advice
-from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, retrieval_metrics
+from hf_modx.cross_phase_of_run import CrossPhaseOfRun
+from hf_modx.data import PairCollator, PairDataset
+from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, encode_pairs, retrieval_metrics
 from hf_modx.index import IndexAlignment, align_index
 from hf_modx.losses import anchor_loss
+from hf_modx.report import read_run
+from hf_modx.report.tables import compare
+from hf_modx.report.writing import default_metrics
 
+from test_continual import make_stream
 from tiny import tiny_clip, tiny_pairs
 
 
@@ -230,7 +238,7 @@ def test_index_of_the_same_model_is_to_be_kept(check):
     ("stale", "realigned", "said"),
     [
         (0.496, 0.5, "Keep the index: as it stands it loses 0.9 points"),
-        (0.6, 0.7, "Keep the index: as it stands it loses 0.0 points"),
+        (0.6, 0.7, "Keep the index: as it stands it loses 0.5 points"),
         (0.3, 0.5, "Re-align the index: turned by one orthogonal map it loses 0.5 points, as it stands 20.5"),
         (0.3, 0.48, "Rebuild the index: re-aligned it loses 2.5 points, as it stands 20.5"),
     ],
@@ -258,3 +266,66 @@ def test_wrong_index_checks_end_with_the_reason(check):
     assert "Splits beside the tests: may_train." in check("old", "new", "--fit_split", "may_test", status=1)
     assert "--tolerance must be in [0, 1), got 2" in check("old", "new", "--tolerance", "2", status=1)
     assert "--fit_samples must be at least 1" in check("old", "new", "--fit_samples", "0", status=1)
+
+
+# ---- In a run ----
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two phases that was asked for retrieval across phases only in its second start."""
+    folder = str(tmp_path_factory.mktemp("run") / "out")
+    settings = {
+        "per_device_train_batch_size": 8, "max_steps": 3, "learning_rate": 1e-2, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "use_cpu": True, "spatial_disorder": False,
+    }  # fmt: skip
+    finish(ModXTrainingArguments(folder, **settings), make_stream(1))
+    return finish(ModXTrainingArguments(folder, **settings, cross_phase=True), make_stream(2))
+
+
+def test_every_test_is_asked_from_its_phase_on_and_first_with_its_own_recall(finished):
+    matrix = finished[1]["matrix"]
+    across, alone = (matrix[f"{prefix}text_to_image_recall@1"] for prefix in ("cross_phase_", ""))
+    assert [[value is not None for value in row] for row in across] == [
+        [True, False, False],
+        [True, True, False],
+        [True, True, True],
+    ]
+    assert [across[k][k] for k in range(3)] == [alone[k][k] for k in range(3)]
+    assert finished[1]["summary"]["cross_phase_text_to_image_recall@1"]["forgetting"] is not None
+
+
+def test_recall_across_phases_is_that_of_the_two_models(finished, processor):
+    run, results = finished
+    test = PairDataset(make_stream(2).tests()["part 0"][0], "image", "caption", "pair_id")
+    index, queries = (
+        encode_pairs(
+            CLIPModel.from_pretrained(run.phase_folder(k)).eval(), test, PairCollator(processor), batch_size=8
+        )
+        for k in (0, 2)
+    )
+    for metric, value in cross_phase_metrics(index, queries).items():
+        assert results["matrix"][metric][2][0] == pytest.approx(value), metric
+
+
+def test_card_shows_the_kept_index_and_its_metadata_only_what_the_model_does_alone(finished):
+    card = (finished[0].phase_folder(2) / "README.md").read_text()
+    assert "where an index is kept" in card and "| Cross-phase text-to-image recall@1 |" in card
+    assert "cross_phase" not in card.partition("\n---\n")[0]
+
+
+def test_report_compares_the_kept_indexes_where_all_runs_have_one(finished):
+    run = read_run(finished[0].folder)
+    assert default_metrics({"finetune": [run]})[-1] == "cross_phase_text_to_image_recall@1"
+    assert "part 0, end" in compare({"finetune": [run]}, "cross_phase_text_to_image_recall@1").header
+    without = replace(run, results={**run.results, "matrix": {"image_to_text_recall@1": [[0.5] * 3] * 3}})
+    assert default_metrics({"finetune": [run], "modx": [without]}) == ["image_to_text_recall@1"]
+
+
+def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
+    def gone(number, test):
+        raise FileNotFoundError("phase-0 is not there any more.")
+
+    row = {"may": {}}
+    CrossPhaseOfRun(gone).complete(1, row, {"may": None})
+    assert row == {"may": {}} and "The index of 'may' cannot be asked. phase-0 is not there" in caplog.text
