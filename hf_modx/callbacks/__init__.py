@@ -1,6 +1,6 @@
 """Loss callbacks: what a recipe is made of."""
 
-from .base import BatchGradient, ExtraEmbeddings, LossCallback, LossContext, PhaseBoundary, check_recipe
+from .base import BatchGradient, ExtraEmbeddings, LossCallback, LossContext, PhaseBoundary, check_budget, check_recipe
 from .classification import Classification, class_pairs
 from .contrastive import Contrastive, Cumulative, Joint
 from .dark_replay import DarkExperienceReplay
@@ -16,6 +16,7 @@ from .modx import ModX
 from .projected_distillation import ProjectedDistillation
 from .reference_distillation import ReferenceDistillation
 from .replay import ExperienceReplay, replay_of
+from .retention import RetentionBudget
 from .weight_ensemble import WeightEnsemble
 from .weight_norm_clip import WeightNormClip
 from .wise_ft import WiseFT
@@ -43,9 +44,11 @@ __all__ = [
     "PhaseBoundary",
     "ProjectedDistillation",
     "ReferenceDistillation",
+    "RetentionBudget",
     "WeightEnsemble",
     "WeightNormClip",
     "WiseFT",
+    "check_budget",
     "check_recipe",
     "class_pairs",
     "replay_of",
