@@ -497,6 +497,7 @@ def run_on_processes(folder, batch_size, chunk):
     save_file(tensors, f"{folder}/rank-{trainer.args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_two_processes_end_a_phase_as_one_does(tmp_path, chunk):
     folders = {number: Path(tmp_path / str(number)) for number in (1, 2)}
