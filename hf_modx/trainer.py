@@ -46,7 +46,7 @@ from .energy import EnergyMeter
 from .engines import check_engine
 from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
-from .evaluation.suite import LabelTest
+from .evaluation.suite import LabelTest, Measured
 from .files import SEAL, seal, write_text
 from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
@@ -175,6 +175,8 @@ class ModXTrainer(Trainer):
         self.add_callback(self._along)
         self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
         """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""
+        self.on_classes: Callable[[str, list[float | None]], None] | None = None
+        """Called in `evaluate` with the prefix of the metrics and the accuracies by class of a `ZeroShotTest`."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
@@ -551,7 +553,10 @@ class ModXTrainer(Trainer):
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
         if isinstance(eval_dataset, LabelTest):
-            values = self._measure(eval_dataset)
+            measured = self._measure(eval_dataset)
+            if self.on_classes is not None and measured.per_class is not None:
+                self.on_classes(metric_key_prefix, measured.per_class)
+            values = measured.metrics
         else:
             encoded = self.encode(eval_dataset)
             if self.on_encoded is not None:
@@ -579,7 +584,7 @@ class ModXTrainer(Trainer):
         self.model.train(was_training)
         return encoded
 
-    def _measure(self, test: LabelTest) -> dict[str, float]:
+    def _measure(self, test: LabelTest) -> Measured:
         was_training = self.model.training
         self.model.eval()
         args = self.args
@@ -587,9 +592,9 @@ class ModXTrainer(Trainer):
             self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
         )
         with self.accelerator.autocast():
-            values = test.measure(encoder)
+            measured = test.measured(encoder)
         self.model.train(was_training)
-        return values
+        return measured
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
