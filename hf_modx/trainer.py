@@ -539,7 +539,7 @@ class ModXTrainer(Trainer):
         super().log(logs, start_time)
 
     def _since_the_last_log(self, with_loss: bool = False) -> dict[str, float]:
-        """Means over the steps. The loss among them is what the stock log says, which forgets all before an interruption."""
+        """Means over the steps. The stock one of the loss leaves out the steps before an interruption."""
         means = self._means.take()
         if not means:
             return {}
