@@ -26,15 +26,31 @@ class ModXTrainingArguments(TrainingArguments):
     pair_id_column: str = field(
         default="pair_id",
         metadata={
-            "help": "Integer column, used where the data has it: rows of one id (the same product or concept) are no "
-            "negatives of each other, in the loss, in screening and in the tests."
+            "help": "Integer column, used where the data has it: rows of one id (the same product or concept) belong "
+            "together, in the loss, in screening and in the tests."
+        },
+    )
+    same_pair_id: str = field(
+        default="positive",
+        metadata={
+            "help": "What two rows that belong together are to each other in the loss: 'positive': each is a right "
+            "answer, and the target is shared out equally; 'neutral': neither right nor wrong, they are left out.",
+            "choices": ["positive", "neutral"],
+        },
+    )
+    pairs_in_batch: str = field(
+        default="any",
+        metadata={
+            "help": "New rows that belong together: 'apart' in different batches, 'together' in one, as far as sizes "
+            "permit, or 'any' where chance puts them. Replayed rows are drawn at random always.",
+            "choices": ["any", "apart", "together"],
         },
     )
     mask_duplicates: bool = field(
         default=False,
         metadata={
-            "help": "Pairs that drew the same caption are no negatives of each other, on whatever process they are, "
-            "as pairs of one pair_id are."
+            "help": "Pairs that drew the same caption belong together as pairs of one pair_id do, on whatever process "
+            "they are: no negatives of each other, and what same_pair_id says."
         },
     )
     gradient_cache_chunk_size: int | None = field(
@@ -146,6 +162,13 @@ class ModXTrainingArguments(TrainingArguments):
             "angle between image and caption has changed."
         },
     )
+    cross_phase: bool = field(
+        default=False,
+        metadata={
+            "help": "ContinualRun also measures retrieval across phases: each test's images and captions stay indexed "
+            "by the model that has just learned it, and later models ask that index."
+        },
+    )
     max_forgetting: float | None = field(
         default=None,
         metadata={
@@ -218,6 +241,10 @@ class ModXTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.bad_samples not in ("error", "skip"):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
+        if self.same_pair_id not in ("positive", "neutral"):
+            raise ValueError(f"same_pair_id must be 'positive' or 'neutral', got {self.same_pair_id!r}.")
+        if self.pairs_in_batch not in ("any", "apart", "together"):
+            raise ValueError(f"pairs_in_batch must be 'any', 'apart' or 'together', got {self.pairs_in_batch!r}.")
         if self.imav_samples < 0 or (self.imav_samples and not self.spatial_disorder):
             raise ValueError(f"imav_samples must be at least 0 and needs spatial_disorder, got {self.imav_samples}.")
         if self.retention_dataset is not None and self.max_forgetting is None:

@@ -111,10 +111,10 @@ EVERY_SECOND = {"save_strategy": "steps", "save_steps": 2}
     ("recipe", "settings", "stop"),
     [
         ("modx", {**EVERY_SECOND, "train_logit_scale": True, "lora_dropout": 0.2}, StopAt(2, 3)),
-        ("er", {**EVERY_SECOND, "lora_merge": False}, StopAt(2, 3)),
-        ("zscl", {**EVERY_SECOND, "lora_dropout": 0.2}, StopAt(2, 3)),
+        pytest.param("er", {**EVERY_SECOND, "lora_merge": False}, StopAt(2, 3), marks=pytest.mark.slow),
+        pytest.param("zscl", {**EVERY_SECOND, "lora_dropout": 0.2}, StopAt(2, 3), marks=pytest.mark.slow),
         # Nothing is saved: the phase begins again, but for what comes before its first step.
-        ("ewc", {"lora_merge": False, "lora_dropout": 0.5}, StopAt(1, 2)),
+        pytest.param("ewc", {"lora_merge": False, "lora_dropout": 0.5}, StopAt(1, 2), marks=pytest.mark.slow),
     ],
 )
 def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, recipe, settings, stop):

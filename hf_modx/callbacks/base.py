@@ -36,11 +36,12 @@ class LossContext:
         model: the unwrapped model in training, for terms on its weights.
         batch: this process's batch as the collator made it.
         pair_ids: (N,) or (N, K) int64, global, in the order of the embeddings' rows. Different rows that agree in an
-            id are no negatives of each other.
+            id belong together: they are no negatives of each other.
         row_ids: (N,) int64, global: the rows of the training set, those of the memory after the new ones.
         is_replay: (N,) bool, global: which rows come from the replay memory.
         step: optimizer steps done in this phase.
         epoch: the epoch, with fraction.
+        positives: rows that belong together are positives of each other; passed on to the losses in `hf_modx.losses`.
         shard: the rows that this process computes of the losses in `hf_modx.losses`, passed on to them; a loss
             without it is computed whole on every process, which is as exact. None: there is nothing to share.
         phase_start: the `trained_weights` at the start of the phase by name, detached and never changed; empty unless
@@ -58,10 +59,16 @@ class LossContext:
     step: int
     epoch: float
     phase_start: Mapping[str, Tensor]
+    positives: bool = False
     shard: Shard | None = None
     stored: tuple[Tensor, Tensor] | None = None
     extra: ExtraEmbeddings | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def relations(self) -> dict[str, Any]:
+        """What a loss of `hf_modx.losses` is to know of the rows, as its keyword arguments."""
+        return {"pair_ids": self.pair_ids, "positives": self.positives, "shard": self.shard}
 
     def report(self, name: str, value: Tensor) -> None:
         """Log a scalar beside the loss terms, averaged over the steps between two log lines."""

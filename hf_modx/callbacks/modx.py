@@ -102,7 +102,7 @@ class ModX(LossCallback):
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
-        rows = {"pair_ids": context.pair_ids, "chunk_size": self.chunk_size, "shard": context.shard}
+        rows = {**context.relations, "chunk_size": self.chunk_size}
         alpha = self.current_alpha
         distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
         if self.owns_contrastive and self.screen and student.logit_bias is None:
@@ -138,7 +138,9 @@ class ModX(LossCallback):
         for part in range(parts):
             rows = slice(part, parts * size, parts)  # each with its share of replayed rows, which stand together
             old = (teacher.image[rows], teacher.text[rows])
-            alone = affinity_distillation(*old, *old, pair_ids=context.pair_ids[rows], chunk_size=self.chunk_size)
+            alone = affinity_distillation(
+                *old, *old, pair_ids=context.pair_ids[rows], positives=context.positives, chunk_size=self.chunk_size
+            )
             kept = kept + (alone.image_rows_kept + alone.text_rows_kept) / parts
         kept_here = found.image_rows_kept + found.text_rows_kept
         return reference * (kept / kept_here).where(kept_here > 0, 0)
