@@ -8,9 +8,9 @@ Runs that are finished are not done again. Writes `comparison.md` and, with the 
 same runs make a whole report with `hf-modx report runs/comparison/*-seed* --output_dir report`.
 
 With `--cards FOLDER` the comparison is written there too, and beside it the card of each recipe's last phase for the
-first seed. This made all of `model_cards/`:
+first seed:
 
-    python examples/compare_recipes.py --recipes finetune,modx,joint --seeds 0,1,2 --cards model_cards
+    python examples/compare_recipes.py --recipes finetune,modx,joint --seeds 0,1,2 --cards runs/cards
 """
 
 import argparse
