@@ -3,7 +3,7 @@
     python examples/own_callback.py
     python examples/own_callback.py --weight 20 --max_steps 60
 
-Who keeps an index of texts, of tags or of the questions that were asked, has to build it anew after every phase, unless
+Who keeps an index of texts, of tags or of questions that were asked, has to build it anew after every phase, unless
 the texts stay where they are and the images come to them. `TextAnchor` sees to that, beside plain fine-tuning on the
 built-in stream. All flags of `ModXTrainingArguments` are taken; another weight wants another `--output_dir`.
 """
@@ -20,8 +20,8 @@ from hf_modx.yaml_arguments import parse_arguments
 
 
 class TextAnchor(LossCallback):
-    """`weight * mean_i (1 - <l_i, l'_i>)` with l the unit-norm text embeddings of the student and l' those of the model
-    after the phase before.
+    """`weight * mean_i (1 - <l_i, l'_i>)` with l the unit-norm text embeddings of the student and l' those of the
+    model after the phase before.
 
     Args:
         weight: >= 0.

@@ -1,4 +1,4 @@
-"""Each command that README.md, the recipe book and CONTRIBUTING.md tell the reader to type has arguments that exist."""
+"""Each command that README.md, the recipe book and CONTRIBUTING.md tell their reader has arguments that exist."""
 
 import re
 import shlex
@@ -15,10 +15,10 @@ from hf_modx.yaml_arguments import parse_arguments
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "study")]
 
-import continual_clip  # noqa: E402
 import own_callback  # noqa: E402
 import run as study  # noqa: E402
 
+import continual_clip  # noqa: E402
 from tiny import tiny_pairs  # noqa: E402
 
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md"]

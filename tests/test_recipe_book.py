@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, DatasetDict
 from transformers import CLIPModel
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import continual_clip  # noqa: E402
 import own_callback  # noqa: E402
 
 from hf_modx import ModXTrainer, Phase, PhaseStream, build_recipe  # noqa: E402
 from hf_modx.data import PairCollator  # noqa: E402
 
+import continual_clip  # noqa: E402
 from launch import launch  # noqa: E402
 from tiny import SHAPES, tiny_clip, tiny_pairs  # noqa: E402
 
@@ -199,8 +199,9 @@ def test_own_callback_holds_the_texts_where_they_were(processor, pairs, make_arg
 
 
 def test_own_callback_s_script_prints_the_matrix(tmp_path, monkeypatch, capsys):
-    parts = [tiny_pairs(16, start=16 * part) for part in range(2)]
-    known, new = (Phase(f"part {k}", part.select(range(12)), part.select(range(12, 16))) for k, part in enumerate(parts))
+    data = tiny_pairs(32)
+    known = Phase("part 0", data.select(range(12)), data.select(range(12, 16)))
+    new = Phase("part 1", data.select(range(16, 28)), data.select(range(28, 32)))
     monkeypatch.setattr(own_callback, "demo_stream", lambda seed: PhaseStream((new,), base=known))
     flags = ["--max_steps", "1", "--base_max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
     own_callback.main([*flags, "--weight", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out")])
