@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .beside_model import (
     write_loss_callbacks,
     write_trained_beside,
 )
-from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
+from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
 from .callbacks.base import BatchGradient, PhaseBoundary
 from .callbacks.contrastive import contrastive_loss
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
@@ -52,7 +53,9 @@ from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
 from .learning_rates import give_own_learning_rate
+from .log_means import LogMeans
 from .model_card import trainer_card
+from .pair_groups import Arrangement, arrangement_for
 from .ready_batch import (
     ReadyBatch,
     first_occurrences,
@@ -168,7 +171,7 @@ class ModXTrainer(Trainer):
         self._phase_has_started = False
         if train_dataset is not None:
             self._remember_phase_start()
-        self._records: dict[str, tuple[Tensor, int]] = {}
+        self._means = LogMeans()
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
@@ -205,6 +208,7 @@ class ModXTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         check_recipe(self.loss_callbacks)
+        check_budget(self.loss_callbacks)
         if not all(callback.trains for callback in self.loss_callbacks):
             return TrainOutput(0, 0.0, {})
         if self.args.gradient_accumulation_steps > 1 and self.args.gradient_cache_chunk_size is None:
@@ -231,12 +235,14 @@ class ModXTrainer(Trainer):
         self._start_phase()
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if rest := self._since_the_last_log():
+            self.log(rest)
         self.finish_phase()
 
     def finish_phase(self) -> None:
-        """Let the loss callbacks do what comes after the last step, first the one that decides on the weights; `train`
+        """Let the loss callbacks do what comes after the last step, first those that decide on the weights; `train`
         does it by itself."""
-        for callback in sorted(self.loss_callbacks, key=lambda callback: not callback.owns_weights):
+        for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
 
     def _start_phase(self) -> None:
@@ -258,6 +264,8 @@ class ModXTrainer(Trainer):
             args=self.args,
             autocast=self.accelerator.autocast,
             gradients=self._gradients,
+            measure=self.measure,
+            callbacks=self.loss_callbacks,
         )
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -429,10 +437,11 @@ class ModXTrainer(Trainer):
                 terms[name] = term
         if clash := terms.keys() & context.metrics.keys():
             raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
-        self._record({**terms, **context.metrics})
+        loss = torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        self._means.add({"loss": loss, **terms, **context.metrics})
         found = replace(student, image=student.image.detach(), text=student.text.detach())
         self._computed = {name: term.detach() for name, term in terms.items()}, found, context.row_ids
-        return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        return loss
 
     def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings | None:
         """The old model's embeddings of this process's batch, in chunks where the student has chunks."""
@@ -466,6 +475,7 @@ class ModXTrainer(Trainer):
             batches_held=self.args.batches_held,
             memory_rows=len(dataset) - len(self.train_dataset),
             memory_share=self._replay.batch_share if self._replay is not None else 0.0,
+            arrange=self._arrangement(),
             process_index=process_index(),
             num_processes=world_size(),
         )
@@ -518,15 +528,24 @@ class ModXTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and (share := self.data_wait.share()) is not None:
             logs["data_wait"] = share
-        if self._records and ("loss" in logs or "train_loss" in logs):
-            logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
-            logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
-            if getattr(self._dual_encoder, "logit_bias", None) is not None:
-                logs["logit_bias"] = self._dual_encoder.logit_bias.item()
-            self._records = {}
+        if "loss" in logs:
+            logs.update(self._since_the_last_log(with_loss=True))
+        elif "train_loss" in logs:
+            logs.update(self._since_the_last_log())
         if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
             logs["train_energy_joules"] = joules
         super().log(logs, start_time)
+
+    def _since_the_last_log(self, with_loss: bool = False) -> dict[str, float]:
+        """Means over the steps. The loss among them is what the stock log says, which forgets all before an interruption."""
+        means = self._means.take()
+        if not means:
+            return {}
+        model = self._dual_encoder
+        means["logit_scale"] = model.logit_scale.detach().exp().item()
+        if getattr(model, "logit_bias", None) is not None:
+            means["logit_bias"] = model.logit_bias.item()
+        return {name: mean for name, mean in means.items() if with_loss or name != "loss"}
 
     # ---- Evaluation ----
 
@@ -550,18 +569,23 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        if isinstance(eval_dataset, LabelTest):
-            values = self._measure(eval_dataset)
-        else:
-            encoded = self.encode(eval_dataset)
-            if self.on_encoded is not None:
-                self.on_encoded(metric_key_prefix, encoded)
-            values = self._metrics(encoded)
+        values = self.measure(eval_dataset, partial(self.on_encoded, metric_key_prefix) if self.on_encoded else None)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(
+        self, test: Dataset | LabelTest, on_encoded: Callable[[EncodedPairs], None] | None = None
+    ) -> dict[str, float]:
+        """The metrics of `evaluate` without prefix and log; `on_encoded` gets the embeddings of pairs."""
+        if isinstance(test, LabelTest):
+            return self._measure(test)
+        encoded = self.encode(test)
+        if on_encoded is not None:
+            on_encoded(encoded)
+        return self._metrics(encoded)
 
     def encode(self, dataset: Dataset) -> EncodedPairs:
         """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""
@@ -598,7 +622,7 @@ class ModXTrainer(Trainer):
         first = encoded.first_captions()
         with torch.no_grad():
             pairs = pair_embeddings(self._dual_encoder, encoded.image, encoded.text[first])
-            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids).item()
+            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids, positives=self._positives).item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
@@ -632,6 +656,7 @@ class ModXTrainer(Trainer):
             (folder / SEAL).unlink(missing_ok=True)
             self.save_loss_callbacks(folder / LOSS_CALLBACKS_NAME)
             write_trained_beside(self._dual_encoder, self._along, folder)
+            self._means.write(folder)
         with self._keeping_all_checkpoints():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state
@@ -652,6 +677,7 @@ class ModXTrainer(Trainer):
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
         read_beside_adapter(self._dual_encoder, resume_from_checkpoint)
         read_trained_along(self._along, resume_from_checkpoint)
+        self._means.read(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -720,6 +746,13 @@ class ModXTrainer(Trainer):
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     @property
+    def _positives(self) -> bool:
+        return self.args.same_pair_id == "positive"
+
+    def _arrangement(self) -> Arrangement | None:
+        return arrangement_for(self.args, self.train_dataset, has_columns=self._uses_columns)
+
+    @property
     def _needs_teacher(self) -> bool:
         return any(callback.needs_teacher for callback in self.loss_callbacks)
 
@@ -768,6 +801,7 @@ class ModXTrainer(Trainer):
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
             shard=own_shard(counts) if world_size() > 1 and kept is None else None,
+            positives=self._positives,
             stored=stored,
         )
         return context, kept
@@ -844,11 +878,6 @@ class ModXTrainer(Trainer):
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         return 0 if tokenizer is None else tokenizer.pad_token_id
 
-    def _record(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            total, count = self._records.get(name, (torch.zeros((), device=value.device), 0))
-            self._records[name] = (total + value.detach(), count + 1)
-
     def _training_pairs(self) -> PairDataset:
         """The new pairs, and after them those of the memory."""
         if self.memory is None:
@@ -881,6 +910,7 @@ class ModXTrainer(Trainer):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return
+        self._arrangement()
         pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
         if pairs < 2:
             raise ValueError(

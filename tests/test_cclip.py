@@ -246,6 +246,7 @@ def train_cclip(folder, batch_size):
         save_file(tensors, place / f"rank-{args.process_index}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_adapter_and_projector_of_one(tmp_path):
     launch(1, train_cclip, tmp_path / "one", 8)
     launch(2, train_cclip, tmp_path / "two", 4)
