@@ -150,7 +150,7 @@ class ContinualRun:
         checks = StreamChecks(args)
         self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
         self.tests = self.stream.tests()
-        learned_at = dict(zip(self._test_names, self._learned_at(), strict=True))
+        learned_at = self._learned_at()
         self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)

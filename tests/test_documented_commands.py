@@ -49,7 +49,7 @@ def check_script(script: str, flags: list[str]) -> None:
         kinds = (continual_clip.ScriptArguments, ModXTrainingArguments)
         parse_arguments(kinds, [*flags, "--use_cpu", "true"], continual_clip.defaults)
     elif script == "examples/own_callback.py":
-        parse_arguments((own_callback.AnchorArguments, ModXTrainingArguments), [*flags, "--use_cpu", "true"])
+        parse_arguments((own_callback.RelationArguments, ModXTrainingArguments), [*flags, "--use_cpu", "true"])
     elif script == "examples/study/run.py":
         _, further = study.parse(flags)
         check_script("examples/continual_clip.py", further)
