@@ -150,8 +150,8 @@ class ContinualRun:
         checks = StreamChecks(args)
         self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
         self.tests = self.stream.tests()
-        learned_at = dict(zip(self._test_names, self._learned_at(), strict=True))
-        self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
+        asked = args.retention_dataset
+        self.retention = RetentionTests(self.loss_callbacks, asked, self._learned_at(), len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
