@@ -10,9 +10,9 @@ CELL = (0.72, 0.42)
 """Width and height of a cell in inches."""
 
 MOST = 24
-"""Phases and tests whose cells have that size and a number each. Where one is more than that, the picture grows no more
-in its direction, names stand at some of them and no cell has a number: the 10,000 numbers of 100 phases, written after
-each of them, would take longer than many a phase."""
+"""Phases and tests whose cells have that size and a number each. Where one is more than that, the picture grows no
+more in its direction, names stand at some of them and no cell has a number: the 10,000 numbers of 100 phases, written
+after each of them, would take longer than many a phase."""
 
 COLOURS = "cividis"
 """One ramp from dark to bright, which reads the same with every kind of colour vision and in grey."""
