@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.cross_phase import CROSS_PHASE_METRICS
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
+from .evaluation_notes import EvaluationNotes
 from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
@@ -232,7 +234,7 @@ class ContinualRun:
             [phase.name for phase in self.stream][: len(rows) - 1],
             self._test_names,
             [[row.get(test, {}).get(metric) for test in self._test_names] for row in rows],
-            [k if k is None or k < len(rows) else None for k in self._learned_at().values()],
+            [None if isinstance(k, int) and k >= len(rows) else k for k in self._learned_at().values()],
         )
 
     @property
@@ -538,7 +540,7 @@ class ContinualRun:
     def _evaluate_phase(self, number: int, trainer: ModXTrainer | None) -> bool:
         """Fill the row of a phase: all of it after its training, later only what a longer stream adds. Whether it is a
         new row."""
-        is_new = number == len(self._rows)
+        is_new, began = number == len(self._rows), perf_counter()
         if is_new:
             self._rows.append({})
         row = self._rows[number]
@@ -554,6 +556,7 @@ class ContinualRun:
             trainer = self._trainer(number, self._load_phase(number), None)
         if trainer is not None:
             trainer.on_encoded = partial(self._keep, number)
+            trainer.on_classes = partial(self.notes.keep_classes, number)
         for name, test in missing.items():
             values = trainer.evaluate(test, metric_key_prefix=name)
             row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
@@ -563,6 +566,7 @@ class ContinualRun:
         asked = self.args.cross_phase and self.cross_phase.complete(number, row, self._learned_at(self.tests))
         self._live = {}
         if missing or is_new or asked:
+            self.notes.add_seconds(number, perf_counter() - began)
             on_main_process(lambda: self._write_results(number))
         return is_new
 
@@ -593,6 +597,7 @@ class ContinualRun:
         results = read_json(self.folder / RESULTS)
         self._rows = []
         self._disorder: dict[int, dict[str, Any] | None] = {}
+        self.notes = EvaluationNotes(results)
         if results is None:
             return
         self._disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
@@ -644,6 +649,7 @@ class ContinualRun:
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self.notes.results(number, self.label_tests),
             **self._disorder_results(number),
             **history_in_words(self._ids.get("history", []), self.identity, number),
         }
@@ -652,7 +658,7 @@ class ContinualRun:
         phases = [self._disorder.get(k) for k in range(number + 1)]
         return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
 
-    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | None]:
+    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | str | None]:
         """The phase that teaches each of these tests, of all by default."""
         of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}
         return {name: {**of_stream, **self._taught}[name] for name in tests or self._test_names}

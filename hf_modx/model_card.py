@@ -322,7 +322,7 @@ def _matrix(results: Mapping[str, Any], number: int, metric: str, name=str) -> E
     """The matrix as it was after phase `number`, of the tests that have the metric; `name` changes the names of phases
     and tests."""
     rows = results["matrix"][metric][: number + 1]
-    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    learned_at = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
     phases, tests = results["phases"][:number], results["tests"]
     return EvaluationMatrix(list(map(name, phases)), list(map(name, tests)), rows, learned_at).measured()
 

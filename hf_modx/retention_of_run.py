@@ -12,10 +12,12 @@ from .beside_model import LOSS_CALLBACKS_NAME
 from .callbacks import LossCallback, RetentionBudget
 from .callbacks.retention import STOPPED
 from .evaluation.suite import EvaluationTest, RetrievalTest
-from .load_data import load_table
+from .load_data import load_splits
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+SPLIT = "test"
 
 
 def retention_budget(args: ModXTrainingArguments) -> list[LossCallback]:
@@ -38,7 +40,7 @@ class RetentionTests:
     Args:
         callbacks: of the run.
         asked: names of tests, comma-separated; None: in each phase the tests of what was learned before it.
-        learned_at: name -> the phase that teaches the test, 0 being the base; None: none does.
+        learned_at: name -> the phase that teaches the test, 0 being the base; no number: none does alone.
         phases: their number.
 
     Raises:
@@ -46,7 +48,11 @@ class RetentionTests:
     """
 
     def __init__(
-        self, callbacks: Sequence[LossCallback], asked: str | None, learned_at: Mapping[str, int | None], phases: int
+        self,
+        callbacks: Sequence[LossCallback],
+        asked: str | None,
+        learned_at: Mapping[str, int | str | None],
+        phases: int,
     ):
         self.budgets = [callback for callback in callbacks if isinstance(callback, RetentionBudget)]
         self.asked = None if asked is None else names_of(asked)
@@ -71,7 +77,9 @@ class RetentionTests:
         """Names of the tests."""
         if self.asked is not None:
             return self.asked
-        return [name for name, learned_at in self.learned_at.items() if learned_at is not None and learned_at < number]
+        return [
+            name for name, learned_at in self.learned_at.items() if isinstance(learned_at, int) and learned_at < number
+        ]
 
     def watch(self, number: int, tests: Mapping[str, Any]) -> None:
         """Let the budget be about the tests of a phase, of all tests by name."""
@@ -84,7 +92,7 @@ class RetentionTests:
 
 def load_retention_tests(args: ModXTrainingArguments, known: Sequence[str]) -> dict[str, EvaluationTest]:
     """Tests of the data sets that `args.retention_dataset` names beside the known tests: retrieval in the columns of
-    the arguments, on the split "test". The argument then names these tests.
+    the arguments, on the split "test" or the only one. The argument then names these tests.
 
     Raises:
         ValueError: it names neither a test nor a data set with these columns.
@@ -106,11 +114,13 @@ def names_of(listed: str) -> list[str]:
 
 def _load(source: str, args: ModXTrainingArguments, known: Sequence[str]) -> RetrievalTest:
     try:
-        table = load_table(source, "test")
+        splits = load_splits(source, image_column=args.image_column)
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"retention_dataset: {source!r} is no test of the run ({', '.join(known)}), and no data set with a split "
-            f'"test": {error}'
+            f"retention_dataset: {source!r} is no test of the run ({', '.join(known)}), and no data set: {error}"
         ) from error
+    if SPLIT not in splits and len(splits) > 1:
+        raise ValueError(f"retention_dataset: {source!r} has no split {SPLIT!r}, but {', '.join(splits)}.")
+    table = splits[SPLIT] if SPLIT in splits else next(iter(splits.values()))
     pair_ids = args.pair_id_column if args.pair_id_column in table.column_names else None
     return RetrievalTest(table, args.image_column, args.caption_column, pair_ids)
