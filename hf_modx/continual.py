@@ -152,7 +152,8 @@ class ContinualRun:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
-        self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
+        self.stream = checks.usable(stream, other_tests=len(self.label_tests))
+        self.bad_samples = checks.bad_samples
         self.tests = self.stream.tests()
         learned_at = self._learned_at()
         self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
