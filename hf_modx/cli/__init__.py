@@ -10,9 +10,10 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..markdown import one_line
-from . import demo_data, disorder, evaluate, merge, report
+from . import assess, demo_data, disorder, evaluate, merge, report
 
 COMMANDS = {
+    "assess": assess,
     "report": report,
     "evaluate": evaluate,
     "disorder": disorder,
