@@ -57,6 +57,7 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.card_metadata import metric_name
@@ -85,6 +86,9 @@ class ScriptArguments:
         default=None, metadata={"help": "A CLIP model. Default: the small CLIP trained on the stream's base."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights, of the seed, in the architecture of the model."}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -175,6 +179,8 @@ class ScriptArguments:
                     raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
         if self.protocol is not None and self.dataset_name is not None:
             raise ValueError("--protocol has data of its own and does not go with --dataset_name.")
+        if self.from_scratch and self.model_name_or_path is None:
+            raise ValueError("--from_scratch needs --model_name_or_path, the model whose architecture is meant.")
         if self.data_root is not None and self.protocol is None:
             raise ValueError("--data_root needs --protocol.")
         others = self.dataset_name is not None or self.protocol is not None
@@ -233,8 +239,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         stream,
         script.recipe,
         args,
-        model=script.model_name_or_path,
-        revision=script.model_revision,
+        **start_model(script, args),
         recipe_args=script.recipe_options,
         base_max_steps=script.base_max_steps,
         tests=tests,
@@ -251,6 +256,16 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     if unpublished is not None:
         raise SystemExit(UNPUBLISHED)
     return matrix
+
+
+def start_model(script: ScriptArguments, args: ModXTrainingArguments) -> dict:
+    """The arguments of `ContinualRun` that say what the run starts from."""
+    name, revision = script.model_name_or_path, script.model_revision
+    if not script.from_scratch:
+        return {"model": name, "revision": revision}
+    set_seed(args.seed)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(name, revision=revision), dtype=torch.float32)
+    return {"model": model, "processing_class": AutoProcessor.from_pretrained(name, revision=revision)}
 
 
 def use_all_cores(args: ModXTrainingArguments) -> None:

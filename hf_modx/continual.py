@@ -5,7 +5,7 @@ import gc
 import logging
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_recipe, replay_of
+from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
@@ -28,6 +29,7 @@ from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
 from .embeddings import check_dual_encoder
 from .evaluation import EncodedPairs, EvaluationMatrix
+from .evaluation.cross_phase import CROSS_PHASE_METRICS
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
 from .files import publish_file, publish_folder, read_json, write_json
@@ -138,6 +140,7 @@ class ContinualRun:
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
         self.model = self.processing_class = self.source = None
+        self._rows: list[dict[str, dict[str, float]]] = []
         if model is not None:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
@@ -209,7 +212,9 @@ class ContinualRun:
     def metrics(self) -> list[str]:
         """The metrics of the run's tests, each of which makes a matrix."""
         of_labels = dict.fromkeys(metric for test in self.label_tests.values() for metric in test.metrics)
-        return [*(METRICS if self.tests or not of_labels else []), *of_labels]
+        across = any(name in cell for row in self._rows for cell in row.values() for name in CROSS_PHASE_METRICS)
+        across = CROSS_PHASE_METRICS if across else ()
+        return [*(METRICS if self.tests or not of_labels else []), *of_labels, *across]
 
     def matrix(self, metric: str | None = None, number: int | None = None) -> EvaluationMatrix:
         """The matrix of one metric (default: the first of `metrics`) as far as it is measured, or as it is after phase
@@ -220,7 +225,7 @@ class ContinualRun:
             [phase.name for phase in self.stream][: len(rows) - 1],
             self._test_names,
             [[row.get(test, {}).get(metric) for test in self._test_names] for row in rows],
-            [k if k is None or k < len(rows) else None for k in self._learned_at()],
+            [k if k is None or k < len(rows) else None for k in self._learned_at().values()],
         )
 
     @property
@@ -237,7 +242,7 @@ class ContinualRun:
         phases = [phase.name for phase in stream]
         base = stream.base.name if stream.base is not None else None
         self._taught = {name: phase_number(test.learned_at, phases, base) for name, test in tests.items()}
-        self.disorder = DisorderOfRun(self._encode)
+        self.disorder, self.cross_phase = DisorderOfRun(self._encode), CrossPhaseOfRun(self._encode)
         self.label_tests = {name: test for name, test in tests.items() if isinstance(test, LabelTest)}
         retrieval = {
             name: test.with_columns(*self._columns) for name, test in tests.items() if isinstance(test, RetrievalTest)
@@ -534,26 +539,32 @@ class ContinualRun:
             return is_new
         if missing and trainer is None:
             trainer = self._trainer(number, self._load_phase(number), None)
-        if trainer is not None and self.args.spatial_disorder:
-            trainer.on_encoded = partial(self.disorder.keep, number)
+        if trainer is not None:
+            trainer.on_encoded = partial(self._keep, number)
         for name, test in missing.items():
             values = trainer.evaluate(test, metric_key_prefix=name)
             row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
+        self._live = {number: trainer} if trainer is not None else {}
         if is_new and self.args.spatial_disorder:
-            self._measure_disorder(number, trainer)
-        if missing or is_new:
+            self._measure_disorder(number)
+        asked = self.args.cross_phase and self.cross_phase.complete(number, row, self._learned_at(self.tests))
+        self._live = {}
+        if missing or is_new or asked:
             on_main_process(lambda: self._write_results(number))
         return is_new
 
-    def _measure_disorder(self, number: int, trainer: ModXTrainer | None) -> None:
-        self._live = {number: trainer} if trainer is not None else {}
+    def _keep(self, number: int, test: str, encoded: EncodedPairs) -> None:
+        for asks, measure in ((self.args.spatial_disorder, self.disorder), (self.args.cross_phase, self.cross_phase)):
+            if asks:
+                measure.keep(number, test, encoded)
+
+    def _measure_disorder(self, number: int) -> None:
         first = 0 if self.stream.base is not None else 1
         sampled = range(first, len(self.stream) + 1) if self.args.imav_samples else ()
         try:
             self._disorder[number] = self.disorder.measure(number, self.tests, sampled)
         except FileNotFoundError as error:
             logger.warning("No spatial disorder of phase %d. %s", number, error)
-        self._live = {}
 
     def _encode(self, number: int, what: str | int) -> EncodedPairs:
         """What the model after a phase says to a test, or to training pairs of a phase."""
@@ -567,7 +578,7 @@ class ContinualRun:
 
     def _read_results(self) -> None:
         results = read_json(self.folder / RESULTS)
-        self._rows: list[dict[str, dict[str, float]]] = []
+        self._rows = []
         self._disorder: dict[int, dict[str, Any] | None] = {}
         if results is None:
             return
@@ -627,9 +638,10 @@ class ContinualRun:
         phases = [self._disorder.get(k) for k in range(number + 1)]
         return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
 
-    def _learned_at(self) -> list[int | None]:
+    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | None]:
+        """The phase that teaches each of these tests, of all by default."""
         of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}
-        return [{**of_stream, **self._taught}[name] for name in self._test_names]
+        return {name: {**of_stream, **self._taught}[name] for name in tests or self._test_names}
 
     # ---- The Hub ----
 

@@ -48,6 +48,7 @@ PICTURE = "plots/matrix.png"
 HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
 OF_LABELS = ("zero_shot_top1", "linear_probe_top1")
 """Metrics of tests of labels that have a matrix of their own below the first one."""
+OLD_INDEX = "cross_phase_text_to_image_recall@1"
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
 SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
@@ -168,6 +169,7 @@ def phase_card(
         headline=metric_name(headline),
         matrix=_matrix_table(results, number, headline),
         matrices_of_labels=_matrices_of_labels(results, number, headline),
+        old_index=_matrix_table(results, number, OLD_INDEX) if OLD_INDEX in results["matrix"] else "",
         picture=picture,
         summary=_summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",

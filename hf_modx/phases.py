@@ -164,7 +164,7 @@ class PhaseStream:
         if test_splits is not None and len(test_splits) != len(phase_splits):
             raise ValueError(f"{len(phase_splits)} phase splits need as many test splits, got {len(test_splits)}.")
         if test_splits is None:
-            return cls(tuple(_hold_out(name, splits[name], test_fraction, seed) for name in phase_splits))
+            return cls(tuple(hold_out(name, splits[name], test_fraction, seed) for name in phase_splits))
         parts = zip(phase_splits, test_splits, strict=True)
         return cls(tuple(Phase(name, splits[name], splits[test]) for name, test in parts))
 
@@ -180,7 +180,7 @@ class PhaseStream:
             if name + TEST in splits:
                 phases.append(Phase(name, splits[name + TRAIN], splits[name + TEST]))
             else:
-                phases.append(_hold_out(name, splits[name + TRAIN], test_fraction, seed))
+                phases.append(hold_out(name, splits[name + TRAIN], test_fraction, seed))
         extra = {
             split.removesuffix(TEST): splits[split]
             for split in splits
@@ -211,7 +211,7 @@ class PhaseStream:
         Raises:
             ValueError: no such column, nulls in it, or a value of `order` that does not occur.
         """
-        values = _column(dataset, column)
+        values = column_values(dataset, column)
         feature = dataset.features[column]
         if isinstance(feature, ClassLabel):
             values = [feature.int2str(value) for value in values]
@@ -223,7 +223,7 @@ class PhaseStream:
         absent = [value for value in order if not rows[value]]
         if absent:
             raise ValueError(f"Column {column!r} never holds {', '.join(map(repr, absent))}: those phases are empty.")
-        return cls(tuple(_hold_out(str(v), dataset.select(rows[v]), test_fraction, seed) for v in order))
+        return cls(tuple(hold_out(str(v), dataset.select(rows[v]), test_fraction, seed) for v in order))
 
     @classmethod
     def from_time(
@@ -235,7 +235,7 @@ class PhaseStream:
         Raises:
             ValueError: no such column, nulls in it, or fewer rows than phases.
         """
-        order = np.argsort(np.array(_column(dataset, column)), kind="stable")
+        order = np.argsort(np.array(column_values(dataset, column)), kind="stable")
         return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
 
     @classmethod
@@ -301,7 +301,7 @@ class PhaseStream:
         parts = np.array_split(order, num_phases)
         return cls(
             tuple(
-                _hold_out(f"phase_{number}", dataset.select(rows), test_fraction, seed)
+                hold_out(f"phase_{number}", dataset.select(rows), test_fraction, seed)
                 for number, rows in enumerate(parts, start=1)
             )
         )
@@ -330,7 +330,8 @@ def _stored(value):
     return value
 
 
-def _column(dataset: Dataset, column: str) -> list:
+def column_values(dataset: Dataset, column: str) -> list:
+    """The values of a column; a ValueError where there is no such column, or nulls in it."""
     if column not in dataset.column_names:
         near = did_you_mean(column, dataset.column_names)
         raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
@@ -341,7 +342,7 @@ def _column(dataset: Dataset, column: str) -> list:
     return values
 
 
-def _hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:
+def hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:
     """Split a random share off as test part; a share of 0 means no test."""
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction must be in [0, 1), got {test_fraction}.")

@@ -162,6 +162,13 @@ class ModXTrainingArguments(TrainingArguments):
             "angle between image and caption has changed."
         },
     )
+    cross_phase: bool = field(
+        default=False,
+        metadata={
+            "help": "ContinualRun also measures retrieval across phases: each test's images and captions stay indexed "
+            "by the model that has just learned it, and later models ask that index."
+        },
+    )
     resume_from_hub: bool = field(
         default=False,
         metadata={

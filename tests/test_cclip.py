@@ -18,10 +18,10 @@ from hf_modx import (
     PairEmbeddings,
     build_recipe,
 )
+from hf_modx.beside_model import TRAINED_BESIDE_NAME
 from hf_modx.callbacks import ProjectedDistillation, WiseFT
 from hf_modx.losses import contrastive_distillation
 from hf_modx.recipes import recipe_arguments
-from hf_modx.trainer import TRAINED_BESIDE_NAME
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -246,6 +246,7 @@ def train_cclip(folder, batch_size):
         save_file(tensors, place / f"rank-{args.process_index}")
 
 
+@pytest.mark.slow
 def test_two_processes_train_adapter_and_projector_of_one(tmp_path):
     launch(1, train_cclip, tmp_path / "one", 8)
     launch(2, train_cclip, tmp_path / "two", 4)

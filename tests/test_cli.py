@@ -182,6 +182,7 @@ def test_wrong_merges_end_with_the_reason(place, tmp_path, fails):
 # ---- demo-data ----
 
 
+@pytest.mark.slow
 def test_demo_data_are_the_built_in_stream(tmp_path, capsys):
     assert main(["demo-data", "--output_dir", str(tmp_path / "demo"), "--seed", "3"]) == 0
     assert "mosaic_train: 1,023 pairs" in capsys.readouterr().out

@@ -9,6 +9,8 @@ from hf_modx.demo_streams import DEMO_STREAMS, GROUPS
 from tiny import tiny_pairs
 
 NEW_CONCEPTS = ["class", "instance"]
+# All drawings have to be made, which takes half a minute.
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", params=list(DEMO_STREAMS))

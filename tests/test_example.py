@@ -59,6 +59,7 @@ def named_splits():
     return DatasetDict(parts)
 
 
+@pytest.mark.slow
 def test_no_arguments_run_the_built_in_stream(tmp_path):
     command = [
         *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_cpu_threads_per_process", "1"),

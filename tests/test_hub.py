@@ -316,6 +316,7 @@ def test_what_concerns_the_hub_needs_push_to_hub(make_args, name):
         make_args(**{name: "x"})
 
 
+@pytest.mark.slow
 def test_processes_publish_once_and_all_learn_of_a_conflict(hub, api, processor, make_args, tmp_path):
     settings = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 2, "per_device_train_batch_size": 4}
     launch(2, publish_from_two_processes, make_args, settings, tmp_path)
@@ -368,6 +369,7 @@ def example(processor, tmp_path, monkeypatch):
     return lambda *changed: continual_clip.main([*flags, *changed])
 
 
+@pytest.mark.slow
 def test_every_revision_of_the_example_loads_bit_for_bit_in_another_process(hub, example, tmp_path):
     example()
     revisions = [f"phase-{k}{end}" for k in range(3) for end in ("", "-final")] + ["main"]
@@ -420,6 +422,7 @@ def test_revision_of_a_trainer_alone_is_refused(make_run):
         make_run(hub_revision="v2")
 
 
+@pytest.mark.slow
 def test_a_third_of_all_requests_fails_and_the_run_is_published_in_the_end(hub, make_run):
     hub.faults = Faults(seed=1, rate=1 / 3, stall=0.05)
     run, errors = start_until_published(make_run)
@@ -543,6 +546,7 @@ def test_run_that_has_published_goes_on_without_an_answer(hub, interrupted, make
     assert_published(hub, run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["^PUT", "/commit/phase-2", "/tag/", "/commit/main"])
 def test_killed_while_it_uploads_the_repository_loads_and_the_same_command_publishes(
     hub, interrupted, make_run, where
@@ -715,6 +719,7 @@ def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted,
     assert records[0]["run_id"] == records[1]["run_id"] and records[0]["writer"] != records[1]["writer"]
 
 
+@pytest.mark.slow
 def test_what_callbacks_and_replay_keep_goes_on_too(hub, make_run):
     with pytest.raises(SystemError):
         make_run(recipe="er+ewc", callbacks=[StopAt(2, 1)]).run()
@@ -845,6 +850,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_without_push_to_hub_no_connection_is_tried(hub, tmp_path):
     done = run_with_hub(hub, REFUSE_ALL, str(TESTS / "killed_run.py"), str(tmp_path / "run"), token=None, check=False)
     assert done.returncode == 0, done.stderr

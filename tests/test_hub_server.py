@@ -343,6 +343,7 @@ assert CLIPProcessor.from_pretrained("owner/clip", revision="phase-1").tokenizer
 """
 
 
+@pytest.mark.slow
 def test_a_phase_is_loaded_by_another_process_bit_for_bit(hub, api, processor, tmp_path):
     models = {"phase-1": tiny_clip(processor, seed=1), "phase-2": tiny_clip(processor, seed=2)}
     api.create_repo(REPO)

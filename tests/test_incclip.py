@@ -535,8 +535,11 @@ def largest_difference(first, second):
     return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize("options", [{}, {"refresh_every": 2}, {"texts": "captions"}], ids=str)
-@pytest.mark.parametrize("rows", [48, 18])  # the last batch of 18 holds 2 pairs: fewer than there are processes
+# The last batch of 18 rows holds 2 pairs: fewer than there are processes.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "rows"), [({}, 48), ({}, 18), ({"refresh_every": 2}, 18), ({"texts": "captions"}, 18)], ids=str
+)
 def test_processes_and_chunks_train_the_weights_of_one(tmp_path, learned, options, rows):
     (tmp_path / "one").mkdir()
     launch(1, train_and_save, tmp_path / "one", learned, 8, rows, options, {})

@@ -123,6 +123,7 @@ def test_workers_of_a_run_die_of_sigterm_and_leave_sigint_to_it():
             assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == expected
 
 
+@pytest.mark.slow
 def test_status_of_the_process_is_that_of_the_signal(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{TESTS}:{TESTS.parent}", "OMP_NUM_THREADS": "1"}
     environment |= {"KILL_IN_PHASE": "1", "KILL_WITH": "SIGTERM"}
@@ -134,6 +135,7 @@ def signal_to_the_second_process(folder):
     assert interrupted(folder, [Send(signal.SIGTERM, rank=1)]) == 143
 
 
+@pytest.mark.slow
 def test_two_processes_stop_at_the_same_step_where_one_gets_the_signal(tmp_path):
     launch(2, signal_to_the_second_process, tmp_path / "cut")
     assert checkpoints(tmp_path / "cut") == ["checkpoint-2"]

@@ -473,6 +473,7 @@ def run_on_processes(folder, batch_size):
     ).run()
 
 
+@pytest.mark.slow
 def test_two_processes_run_the_phases_of_one(tmp_path):
     for number in (1, 2):
         launch(number, run_on_processes, tmp_path / str(number), 8 // number)

@@ -448,8 +448,9 @@ def largest_difference(first, second):
     return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
-@pytest.mark.parametrize("rows", [48, 18])  # the last batch of 18 holds 2 pairs: fewer than there are processes
+# The last batch of 18 rows holds 2 pairs: fewer than there are processes.
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "rows"), [*((recipe, 18) for recipe in RECIPES), ("modx+der", 48)])
 def test_processes_and_chunks_train_the_weights_of_one(tmp_path, recipe, rows):
     processor = tiny_processor()
     memory_table(tmp_path / "memory", processor, tiny_clip(processor, seed=3))

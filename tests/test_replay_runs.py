@@ -86,18 +86,20 @@ class StopInMemory(TrainerCallback):
             raise SystemError("power cut")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", REPLAYING)
-@pytest.mark.parametrize("stop", [StopInMemory(), StopAt(2, 3)], ids=["before training", "in training"])
-def test_interrupted_run_has_the_memory_and_the_weights_of_an_undisturbed_one(run, tmp_path, recipe, stop):
+def test_interrupted_run_has_the_memory_and_the_weights_of_an_undisturbed_one(run, tmp_path, recipe):
     settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2}
-    with pytest.raises(SystemError):
-        run(recipe, callbacks=[stop], **settings)
+    for stop in (StopInMemory(), StopAt(2, 3)):
+        with pytest.raises(SystemError):
+            run(recipe, callbacks=[stop], **settings)
     resumed = run(recipe, **settings)
     whole = run(recipe, **settings, output_dir=str(tmp_path / "whole"))
     assert content(resumed, 1) == content(whole, 1)
     assert same(weights(resumed, 2), weights(whole, 2))
 
 
+@pytest.mark.slow
 def test_lost_memory_is_made_again(run, tmp_path):
     recipe = "der"  # whose memory holds the most
     first = run(recipe)
@@ -147,6 +149,7 @@ def run_phases(folder, batch_size, recipe):
     ContinualRun(stream, recipe, args, model=model, processing_class=processor, recipe_args=SMALL).run()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", REPLAYING)
 def test_two_processes_keep_and_train_what_one_does(tmp_path, recipe):
     launch(1, run_phases, tmp_path / "one", 8, recipe)

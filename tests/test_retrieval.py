@@ -322,6 +322,7 @@ def test_processes_share_the_tiles_and_get_the_metrics_of_one(tmp_path, tile, sh
     assert alone["tiles"] == sum(shares)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_time_memory_and_recall(capsys):
     benchmark.main(["--images", "900", "--captions_per_image", "3", "--dim", "32", "--repeats", "1"])
     lines = capsys.readouterr().out.splitlines()

@@ -1,5 +1,6 @@
 """Loss callbacks: what a recipe is made of."""
 
+from .anchor import Anchor
 from .base import BatchGradient, ExtraEmbeddings, LossCallback, LossContext, PhaseBoundary, check_recipe
 from .classification import Classification, class_pairs
 from .contrastive import Contrastive, Cumulative, Joint
@@ -23,6 +24,7 @@ from .wise_ft import WiseFT
 __all__ = [
     "EWC",
     "L2SP",
+    "Anchor",
     "BatchGradient",
     "Classification",
     "Contrastive",

@@ -10,13 +10,14 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..markdown import one_line
-from . import assess, demo_data, disorder, evaluate, merge, report
+from . import assess, demo_data, disorder, evaluate, index_check, merge, report
 
 COMMANDS = {
     "assess": assess,
     "report": report,
     "evaluate": evaluate,
     "disorder": disorder,
+    "index-check": index_check,
     "merge": merge,
     "demo-data": demo_data,
 }

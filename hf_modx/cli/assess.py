@@ -177,20 +177,25 @@ def rows_of(found: list[Assessment]) -> list[list[str]]:
     for size in sorted({size for phase in found for size in phase.kept}):
         kept = [f"{100 * phase.kept[size]:.1f}" if size in phase.kept else "" for phase in found]
         rows.append([f"rows kept, batch of {size:,}, %", *kept])
-    with_replay = [phase.kept_with_replay for phase in found]
-    rows += [["... with replay, %", *("" if kept is None else f"{100 * kept:.1f}" for kept in with_replay)]]
+    if any(phase.kept_with_replay is not None for phase in found):
+        rows += [["... with replay, %", *(f"{100 * phase.kept_with_replay:.1f}" for phase in found)]]
     rows += [["rows with a caption of another pair", *(f"{phase.duplicates.captions:,}" for phase in found)]]
     rows += [["rows with an image of another pair", *(f"{phase.duplicates.images:,}" for phase in found)]]
     rows += [["rows that cannot be used, %", *(f"{100 * phase.bad_share:.1f}" for phase in found)]]
-    for title, name, factor in (
-        ("old and new images told apart, %", "image_classifier", 100),
-        ("old and new captions told apart, %", "text_classifier", 100),
-        ("distance of mean images", "image_distance", 1),
-        ("distance of mean captions", "text_distance", 1),
-        ("recall@1, old less new, points", "recall_gap", 100),
+    if any(phase.shift is not None for phase in found):
+        rows += rows_of_shift(found)
+    return rows
+
+
+def rows_of_shift(found: list[Assessment]) -> list[list[str]]:
+    rows = []
+    for title, name, factor, digits in (
+        ("old and new images told apart, %", "image_classifier", 100, 1),
+        ("old and new captions told apart, %", "text_classifier", 100, 1),
+        ("distance of mean images", "image_distance", 1, 2),
+        ("distance of mean captions", "text_distance", 1, 2),
+        ("recall@1, old less new, points", "recall_gap", 100, 1),
     ):
-        shifts = [getattr(phase.shift, name, None) for phase in found]
-        rows.append(
-            [title, *("" if value is None else f"{factor * value:.{1 if factor > 1 else 2}f}" for value in shifts)]
-        )
+        values = [getattr(phase.shift, name, None) for phase in found]
+        rows.append([title, *("" if value is None else f"{factor * value:.{digits}f}" for value in values)])
     return rows

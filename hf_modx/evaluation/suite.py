@@ -12,7 +12,7 @@ YAML file.
 import difflib
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -193,19 +193,28 @@ def load_tests(path: str | Path) -> dict[str, EvaluationTest]:
         ValueError: not such a file; a key, a kind, a column or a split that does not exist; names used twice. The
             message names the test.
     """
-    declared = read_yaml(Path(path))
+    return declared_tests(read_yaml(Path(path)), str(path))
+
+
+def declared_tests(declared: Any, where: str, source_of: Callable[[str], str] = str) -> dict[str, EvaluationTest]:
+    """The tests of a list as `load_tests` describes it.
+
+    Args:
+        where: it stands, for messages.
+        source_of: from the name of a data set to what `load_table` takes.
+    """
     if not isinstance(declared, list) or not all(isinstance(entry, dict) and "name" in entry for entry in declared):
-        raise ValueError(f"{path} must hold a list of tests, each a mapping with a name.")
+        raise ValueError(f"{where} must hold a list of tests, each a mapping with a name.")
     names = [str(entry["name"]) for entry in declared]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{path}: the names {', '.join(repeated)} are used more than once.")
+        raise ValueError(f"{where}: the names {', '.join(repeated)} are used more than once.")
     tests = {}
     for name, entry in zip(names, declared, strict=True):
         try:
-            tests[name] = _declared({key: value for key, value in entry.items() if key != "name"})
+            tests[name] = _declared({key: value for key, value in entry.items() if key != "name"}, source_of)
         except (ValueError, TypeError, FileNotFoundError) as error:
-            raise ValueError(f"{path}, test {name!r}: {error}") from error
+            raise ValueError(f"{where}, test {name!r}: {error}") from error
     return tests
 
 
@@ -232,7 +241,7 @@ KINDS = {
 SOURCE = ("kind", "dataset", "config", "split", "max_samples")
 
 
-def _declared(entry: dict[str, Any]) -> EvaluationTest:
+def _declared(entry: dict[str, Any], source_of: Callable[[str], str]) -> EvaluationTest:
     if entry.get("kind") not in KINDS:
         raise ValueError(f"kind is {entry.get('kind')!r}; there are {', '.join(KINDS)}.")
     if "dataset" not in entry:
@@ -241,9 +250,10 @@ def _declared(entry: dict[str, Any]) -> EvaluationTest:
     further = ("train_split",) if test is LinearProbeTest else ()
     _refuse_unknown(entry, (*SOURCE, *further, "image_column", "learned_at", *own))
     options = {key: value for key, value in entry.items() if key in ("image_column", "learned_at", *own)}
+    source, config = source_of(entry["dataset"]), entry.get("config")
     if test is LinearProbeTest:
-        options["train"] = load_table(entry["dataset"], entry.get("train_split", "train"), entry.get("config"))
-    whole = test(load_table(entry["dataset"], entry.get("split", "test"), entry.get("config")), **options)
+        options["train"] = load_table(source, entry.get("train_split", "train"), config)
+    whole = test(load_table(source, entry.get("split", "test"), config), **options)
     limit = entry.get("max_samples")
     if limit is None or limit >= len(whole.dataset):
         return whole
