@@ -37,6 +37,11 @@ Further tests after every phase, declared in a file: other data, zero-shot class
 
     accelerate launch examples/continual_clip.py --tests tests.yaml
 
+With a promise: after every phase the tests of what was learned before score at least 80 % of what they did before it,
+or the weights move back until they do:
+
+    accelerate launch examples/continual_clip.py --max_forgetting 0.2 --on_forgetting interpolate
+
 Every phase as a revision of one repository on the Hub (after `hf auth login`), private unless told otherwise:
 
     accelerate launch examples/continual_clip.py --push_to_hub --hub_model_id my_clip
@@ -70,6 +75,7 @@ from hf_modx.load_data import at_most, load_splits
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
 from hf_modx.recipes import recipe_arguments, recipe_name
+from hf_modx.retention_of_run import load_retention_tests
 from hf_modx.yaml_arguments import parse_arguments
 
 logger = logging.getLogger("hf_modx.example")
@@ -229,6 +235,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         if repeated := sorted(set(tests) & set(further)):
             raise SystemExit(f"{script.tests}: the protocol has tests of the names {', '.join(repeated)} already.")
         tests |= further
+    tests |= load_retention_tests(args, [*stream.tests(), *tests])
     if script.dry_run:
         if args.process_index == 0:
             print(plan(stream, script, args))

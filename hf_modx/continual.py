@@ -20,14 +20,14 @@ from torch import nn
 from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
-from .callbacks import LossCallback, check_recipe, replay_of
+from .callbacks import LossCallback, check_budget, check_recipe, replay_of
 from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
-from .embeddings import check_dual_encoder
+from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.cross_phase import CROSS_PHASE_METRICS
 from .evaluation.retrieval import RECALL_AT
@@ -45,6 +45,7 @@ from .pretrained import load_model
 from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
+from .retention_of_run import RetentionTests, retention_budget, stopped_early
 from .run_folder import (
     MEMORY,
     RECORD,
@@ -130,8 +131,10 @@ class ContinualRun:
             raise ValueError("Without a model the stream needs a base to train the small CLIP on. Give a model.")
         self.args = args
         self.folder = Path(args.output_dir)
-        self.recipe_name, self.loss_callbacks = recipe_name(recipe), build_recipe(recipe, **(recipe_args or {}))
+        self.recipe_name = recipe_name(recipe)
+        self.loss_callbacks = [*build_recipe(recipe, **(recipe_args or {})), *retention_budget(args)]
         check_recipe(self.loss_callbacks)
+        check_budget(self.loss_callbacks)
         replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
         self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
         self.stop = StopOnSignal()
@@ -147,6 +150,8 @@ class ContinualRun:
         checks = StreamChecks(args)
         self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
         self.tests = self.stream.tests()
+        learned_at = dict(zip(self._test_names, self._learned_at(), strict=True))
+        self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
@@ -351,6 +356,7 @@ class ContinualRun:
         phase = self.stream.phases[number - 1]
         starts_from = self._parent(number)
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
+        logit_scale = [logit_scale_of(trainer.model)]
         memory = self._memory_after(number - 1)
         if memory is not None:
             trainer.use_memory(memory)
@@ -358,15 +364,17 @@ class ContinualRun:
             trainer.add_callback(callback)
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         self._restore_state(trainer, starts_from)
+        self.retention.watch(number, self._test_tables())
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
-        if state is not None and state.global_step >= self.steps(number):
+        if state is not None and (state.global_step >= self.steps(number) or stopped_early(checkpoint)):
             # Interrupted between the last step and the publishing: `train` would do one step too many.
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
-        record = _training_record(trainer) | {"starts_from": starts_from}
+        logit_scale.append(logit_scale_of(trainer.model))
+        record = _training_record(trainer) | {"starts_from": starts_from, "logit_scale": logit_scale}
         if state is not None:
             record["resumed_at_step"] = state.global_step
         self._save_state(number, trainer)
@@ -694,4 +702,6 @@ def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     if joules:
         record["train_energy_joules"] = joules[-1]
     record["log"] = thinned_log(history)
+    for callback in trainer.loss_callbacks:
+        record |= callback.results()
     return record

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .adapter import has_adapter
 from .callbacks import LossCallback
+from .card_keeping import kept_rows_notes, retention_notes
 from .card_metadata import (
     as_list,
     card_metadata,
@@ -178,12 +179,13 @@ def phase_card(
         lineage=_lineage(identity, results.get("model", {})),
         recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
         phases=_phases_table(identity, results, number),
+        retention=retention_notes(results, number),
         options=_options_table(recipe_args),
         hyperparameters=_settings_table(identity["hyperparameters"]),
         data=_data_table(identity, results, number),
         data_notes=_data_notes(identity, results, number),
         environment=_environment_table(record.get("environment", {})),
-        limits=_limits(results, number, headline),
+        limits=[*_limits(results, number, headline), *kept_rows_notes(identity, results, number)],
         papers=_papers(config, recipe_args, identity["hyperparameters"].get("peft") if number else None),
     )
 
@@ -461,13 +463,14 @@ def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], numbe
                     f"{100 * record[kept]['mean']:.1f} %" if kept in record else ""
                     for kept in ("image_rows_kept", "text_rows_kept")
                 ),
+                " to ".join(f"{value:.4g}" for value in record.get("logit_scale", [])),
                 _wall_time(record),
                 _energy(record),
                 escaped(record.get("weights", "")),
             ]
         )
-    header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "time"]
-    return table([*header, "energy of the GPUs", "weights after it"], rows)
+    header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "logit scale"]
+    return table([*header, "time", "energy of the GPUs", "weights after it"], rows)
 
 
 def _wall_time(record: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from .beside_model import (
     write_loss_callbacks,
     write_trained_beside,
 )
-from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
+from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
 from .callbacks.base import BatchGradient, PhaseBoundary
 from .callbacks.contrastive import contrastive_loss
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
@@ -207,6 +208,7 @@ class ModXTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         check_recipe(self.loss_callbacks)
+        check_budget(self.loss_callbacks)
         if not all(callback.trains for callback in self.loss_callbacks):
             return TrainOutput(0, 0.0, {})
         if self.args.gradient_accumulation_steps > 1 and self.args.gradient_cache_chunk_size is None:
@@ -238,9 +240,9 @@ class ModXTrainer(Trainer):
         self.finish_phase()
 
     def finish_phase(self) -> None:
-        """Let the loss callbacks do what comes after the last step, first the one that decides on the weights; `train`
+        """Let the loss callbacks do what comes after the last step, first those that decide on the weights; `train`
         does it by itself."""
-        for callback in sorted(self.loss_callbacks, key=lambda callback: not callback.owns_weights):
+        for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
 
     def _start_phase(self) -> None:
@@ -262,6 +264,8 @@ class ModXTrainer(Trainer):
             args=self.args,
             autocast=self.accelerator.autocast,
             gradients=self._gradients,
+            measure=self.measure,
+            callbacks=self.loss_callbacks,
         )
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -565,18 +569,23 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        if isinstance(eval_dataset, LabelTest):
-            values = self._measure(eval_dataset)
-        else:
-            encoded = self.encode(eval_dataset)
-            if self.on_encoded is not None:
-                self.on_encoded(metric_key_prefix, encoded)
-            values = self._metrics(encoded)
+        values = self.measure(eval_dataset, partial(self.on_encoded, metric_key_prefix) if self.on_encoded else None)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(
+        self, test: Dataset | LabelTest, on_encoded: Callable[[EncodedPairs], None] | None = None
+    ) -> dict[str, float]:
+        """The metrics of `evaluate` without prefix and log; `on_encoded` gets the embeddings of pairs."""
+        if isinstance(test, LabelTest):
+            return self._measure(test)
+        encoded = self.encode(test)
+        if on_encoded is not None:
+            on_encoded(encoded)
+        return self._metrics(encoded)
 
     def encode(self, dataset: Dataset) -> EncodedPairs:
         """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""

@@ -169,6 +169,39 @@ class ModXTrainingArguments(TrainingArguments):
             "by the model that has just learned it, and later models ask that index."
         },
     )
+    max_forgetting: float | None = field(
+        default=None,
+        metadata={
+            "help": "The retention budget of ContinualRun: the mean score on the old tests after a phase is at least "
+            "(1 - this) times what it was before it. 0.1: at most a tenth is forgotten, in every phase."
+        },
+    )
+    on_forgetting: str = field(
+        default="interpolate",
+        metadata={
+            "help": "How a phase keeps the budget: 'stop' ends it where it is broken, 'restore' goes back to the "
+            "newest weights within it, 'interpolate' moves the weights towards those before the phase, to its edge.",
+            "choices": ["stop", "restore", "interpolate"],
+        },
+    )
+    retention_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "With max_forgetting: the tests it is about, comma-separated; in examples/continual_clip.py also "
+            "data sets, with a split named test. Default: in each phase the tests of what was learned before it."
+        },
+    )
+    retention_steps: float = field(
+        default=0.1,
+        metadata={"help": "With max_forgetting: steps between two looks at the old tests, below 1 a share of all."},
+    )
+    retention_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "With max_forgetting: the score, for instance image_to_text_mrr. Default: "
+            "image_to_text_recall@1, and the first metric of tests of labels."
+        },
+    )
     resume_from_hub: bool = field(
         default=False,
         metadata={
@@ -214,6 +247,8 @@ class ModXTrainingArguments(TrainingArguments):
             raise ValueError(f"pairs_in_batch must be 'any', 'apart' or 'together', got {self.pairs_in_batch!r}.")
         if self.imav_samples < 0 or (self.imav_samples and not self.spatial_disorder):
             raise ValueError(f"imav_samples must be at least 0 and needs spatial_disorder, got {self.imav_samples}.")
+        if self.retention_dataset is not None and self.max_forgetting is None:
+            raise ValueError("retention_dataset needs a budget: give max_forgetting.")
         if self.hub_private_repo is None:
             self.hub_private_repo = True
         for name in ("resume_from_hub", "hub_collection"):

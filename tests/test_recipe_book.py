@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import ClassLabel, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, DatasetDict
 from transformers import CLIPModel
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import continual_clip  # noqa: E402
 import own_callback  # noqa: E402
 
 from hf_modx import ModXTrainer, Phase, PhaseStream, build_recipe  # noqa: E402
 from hf_modx.data import PairCollator  # noqa: E402
 
+import continual_clip  # noqa: E402
 from launch import launch  # noqa: E402
 from tiny import SHAPES, tiny_clip, tiny_pairs  # noqa: E402
 
