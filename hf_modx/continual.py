@@ -23,6 +23,7 @@ from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged
 from .callbacks import LossCallback, check_budget, check_recipe, replay_of
 from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
+from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
@@ -148,13 +149,16 @@ class ContinualRun:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
-        self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
+        stream, self.bad_samples = checks.usable(stream), checks.bad_samples
+        self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
+        self.stream = self.deletions.kept(stream)
         self.tests = self.stream.tests()
-        learned_at = dict(zip(self._test_names, self._learned_at(), strict=True))
+        learned_at = self._learned_at()
         self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
-        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
+        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, stream)
+        self.identity["deletions"] = len(self.deletions)
         self.identity["tests"] |= {name: test.fingerprint() for name, test in self.label_tests.items()}
         self._base_max_steps = base_max_steps
         if model is None:
@@ -296,6 +300,7 @@ class ContinualRun:
     def _start(self) -> None:
         """Write run.json and phase-0, or find them in the folder or on the Hub."""
         self._refuse_other_run()
+        on_main_process(self.deletions.carry_out)
         self._ids = on_main_process(self._own_ids)
         is_on_hub = False
         if self.hub is not None:
@@ -639,6 +644,7 @@ class ContinualRun:
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self.deletions.results(number),
             **self._disorder_results(number),
         }
 

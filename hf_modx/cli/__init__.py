@@ -10,10 +10,11 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..markdown import one_line
-from . import assess, demo_data, disorder, evaluate, index_check, merge, report
+from . import assess, demo_data, disorder, evaluate, forget, index_check, merge, report
 
 COMMANDS = {
     "assess": assess,
+    "forget": forget,
     "report": report,
     "evaluate": evaluate,
     "disorder": disorder,
