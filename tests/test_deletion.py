@@ -138,6 +138,7 @@ def test_a_run_does_not_go_on_without_the_requests_it_was_given(run):
         run(make_stream(2))
 
 
+@pytest.mark.slow
 def test_a_phase_begun_with_a_forgotten_pair_starts_again(run, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(SystemError):
