@@ -77,15 +77,19 @@ class Deletions:
 
     def carry_out(self) -> None:
         """Take the pairs out of every table of the memory, and remove what a phase has begun with them: it starts
-        again. Does nothing where nothing is left to do."""
-        if all(request.is_done for request in self.requests):
+        again. After a rollback, what was undone counts as not trained. Does nothing where nothing is left to do."""
+        trained = self._trained()
+        if all(request.is_done and request.after_phase <= trained for request in self.requests):
             return
         for _, place in self._tables():
             self._clean(place)
-        for folder in (self.run / "checkpoints").glob("phase-*"):
-            if _number(folder) > self._trained():
+        begun = () if all(request.is_done for request in self.requests) else (self.run / "checkpoints").glob("phase-*")
+        for folder in begun:
+            if _number(folder) > trained:
                 shutil.rmtree(folder)
-        self.requests = [replace(request, is_done=True) for request in self.requests]
+        self.requests = [
+            replace(request, is_done=True, after_phase=min(request.after_phase, trained)) for request in self.requests
+        ]
         self._write()
 
     def kept(self, stream: PhaseStream) -> PhaseStream:

@@ -117,7 +117,7 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
         "seed": args.seed,
         "steps": base_max_steps,
         "learning_rate": BASE_LEARNING_RATE,
-        "batch": args.contrastive_batch_size,
+        "batch": args.train_batch_size * args.world_size,
         "image_augmentation": args.image_augmentation,
         "bf16": args.bf16,
         "fp16": args.fp16,

@@ -36,7 +36,7 @@ class Advice:
             after the phase. "modx_plus" stands in it only where there are old pairs.
         held: of each of these the share of rows that hold what the old model knows, in [0, 1].
         alike: recipes next to each other in the ranking between which the measures do not decide.
-        alpha: to start with, for the contrastive batch that is planned; None where there is nothing to train.
+        alpha, reference_batch_size: to start with, options of the recipe; None where there is nothing to train.
         memory_pairs: to replay; None without replay, or where there are no old pairs yet.
         sentence: the advice.
         notes: what else to know.
@@ -47,6 +47,7 @@ class Advice:
     held: dict[str, float]
     alike: list[list[str]]
     alpha: float | None
+    reference_batch_size: int | None
     memory_pairs: int | None
     sentence: str
     notes: list[str]
@@ -68,8 +69,7 @@ def advise(
     Args:
         found: what `assess` says.
         target_recall: image-to-text recall@1 that is good enough, in [0, 1].
-        alpha_for: an alpha and the contrastive batch it suits. The distillation sums over rows, so that its pull grows
-            with the batch: the alpha advised is the same in sum for the batch that is planned.
+        alpha_for: an alpha and the contrastive batch that it was found for; see `ModX` for other batches.
 
     Raises:
         ValueError: nothing is given, or the target is out of its range.
@@ -83,7 +83,7 @@ def advise(
     held = _held(worst)
     ranking = sorted(held, key=held.get, reverse=True)
     recipe = _recipe(worst, phases, target_recall)
-    alpha = None if recipe == "frozen" else _two_digits(alpha_for[0] * alpha_for[1] / worst.batch_size)
+    alpha, reference = (None, None) if recipe == "frozen" else alpha_for
     memory = None
     if recipe == "modx_plus" and worst.old_pairs:
         memory = min(worst.old_pairs, max(round(MEMORY_SHARE * worst.old_pairs), _replayed(worst)))
@@ -93,8 +93,9 @@ def advise(
         held=held,
         alike=[list(two) for two in pairwise(ranking) if held[two[0]] - held[two[1]] < FEW],
         alpha=alpha,
+        reference_batch_size=reference,
         memory_pairs=memory,
-        sentence=_sentence(worst, recipe, alpha, memory),
+        sentence=_sentence(worst, recipe, alpha_for, memory),
         notes=[note for phase in phases for note in _notes(phase)],
     )
 
@@ -112,12 +113,12 @@ def _recipe(worst: Assessment, phases: Sequence[Assessment], target_recall: floa
     return "modx" if kept >= HALF else "modx_plus"
 
 
-def _sentence(phase: Assessment, recipe: str, alpha: float | None, memory: int | None) -> str:
+def _sentence(phase: Assessment, recipe: str, alpha_for: tuple[float, int], memory: int | None) -> str:
     kept = f"{100 * phase.kept[phase.batch_size]:.0f} % of the rows of {phase.phase} in a batch of {phase.batch_size}"
     if recipe == "frozen":
         recall = 100 * phase.zero_shot["image_to_text_recall@1"]
         return f"The frozen model is good enough: it has {kept} right, and a recall@1 of {recall:.1f} %."
-    start = f"Start with alpha {alpha:g}."
+    start = f"Start with alpha {alpha_for[0]:g} for a reference_batch_size of {alpha_for[1]}."
     if recipe == "modx":
         return f"Mod-X will hold: the old model has {kept} right, and these are kept. {start}"
     few = phase.kept[phase.batch_size] < FEW
@@ -160,7 +161,3 @@ def _is_alike(*accuracies: float) -> bool:
 
 def _replayed(phase: Assessment) -> int:
     return max(1, round(REPLAY_SHARE * phase.batch_size))
-
-
-def _two_digits(value: float) -> float:
-    return float(f"{value:.2g}")
