@@ -21,8 +21,8 @@ def _promise(found: Mapping[str, Any]) -> str:
     before, after = (_mean(found[when]) for when in ("start", "end"))
     return (
         f"{allowed} of the mean of {_scores(found['tests'])}, which went from {100 * before:.1f} to "
-        f"{100 * after:.1f} percent: {_change(found['forgetting'])}. {_how(found)} {found['steps']} of {found['planned_steps']} steps, "
-        f"{found['evaluations']} evaluations."
+        f"{100 * after:.1f} percent: {_change(found['forgetting'])}. {_how(found)} "
+        f"{found['steps']} of {found['planned_steps']} steps, {found['evaluations']} evaluations."
     )
 
 
