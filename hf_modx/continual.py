@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged
 from .callbacks import LossCallback, check_budget, check_recipe, replay_of
 from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
+from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
@@ -32,11 +34,12 @@ from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.cross_phase import CROSS_PHASE_METRICS
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
+from .evaluation_notes import EvaluationNotes
 from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
 from .hub_run import RunOnHub
-from .identity import changes, run_identity, weights_fingerprint
+from .identity import refused_changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
 from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
@@ -46,6 +49,7 @@ from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .retention_of_run import RetentionTests, retention_budget, stopped_early
+from .rollback import history_in_words, refuse_unfinished_rollback, reopen
 from .run_folder import (
     MEMORY,
     RECORD,
@@ -54,6 +58,7 @@ from .run_folder import (
     forget_start,
     has_trained,
     last_complete_checkpoint,
+    last_trained,
     phase_folder,
     state_file,
 )
@@ -148,13 +153,17 @@ class ContinualRun:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
-        self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
+        stream = checks.usable(stream, other_tests=len(self.label_tests))
+        self.bad_samples = checks.bad_samples
+        self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
+        self.stream = self.deletions.kept(stream)
         self.tests = self.stream.tests()
-        asked = args.retention_dataset
-        self.retention = RetentionTests(self.loss_callbacks, asked, self._learned_at(), len(self.stream))
+        learned_at = self._learned_at()
+        self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
-        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
+        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, stream)
+        self.identity["deletions"] = len(self.deletions)
         self.identity["tests"] |= {name: test.fingerprint() for name, test in self.label_tests.items()}
         self._base_max_steps = base_max_steps
         if model is None:
@@ -230,7 +239,7 @@ class ContinualRun:
             [phase.name for phase in self.stream][: len(rows) - 1],
             self._test_names,
             [[row.get(test, {}).get(metric) for test in self._test_names] for row in rows],
-            [k if k is None or k < len(rows) else None for k in self._learned_at().values()],
+            [None if isinstance(k, int) and k >= len(rows) else k for k in self._learned_at().values()],
         )
 
     @property
@@ -282,11 +291,12 @@ class ContinualRun:
 
     def _refuse_other_run(self) -> None:
         """Raise unless the folder is free, holds the same run, or one that has trained nothing yet."""
+        refuse_unfinished_rollback(self.folder)
         before = read_json(self.folder / RECORD)
         if before is None and self.phase_folder(0).exists():
             raise ValueError(f"{self.folder} holds phases but no run.json. Choose another output_dir.")
         is_begun = before is not None and has_trained(self.folder)
-        differences = changes(before["identity"], self.identity) if is_begun else []
+        differences = refused_changes(before, self.identity, last_trained(self.folder)) if is_begun else []
         if differences:
             raise ValueError(
                 f"{self.folder} holds a different run: {'; '.join(differences)}. Choose another output_dir, or give "
@@ -306,7 +316,9 @@ class ContinualRun:
             self.source = {"name": "small CLIP", "trained_on": self.stream.base.name}
             self.identity["start"] = weights_fingerprint(self.model)
             self._refuse_other_run()
+        on_main_process(self.deletions.carry_out)
         fresh = self.model is not None and not is_on_hub and not has_trained(self.folder)
+        self._ids |= on_main_process(lambda: reopen(self.folder, self.identity, self._keepers()))
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -335,7 +347,8 @@ class ContinualRun:
     def _own_ids(self) -> dict[str, str]:
         """Which run this is, and which of its copies: a run that goes on elsewhere keeps its `run_id`."""
         before = read_json(self.folder / RECORD) or {}
-        return {name: before.get(name) or uuid.uuid4().hex for name in ("run_id", "writer")}
+        kept = {name: before[name] for name in ("rolled_back_to", "history") if name in before}
+        return {name: before.get(name) or uuid.uuid4().hex for name in ("run_id", "writer")} | kept
 
     def _record(self) -> dict[str, Any]:
         """What run.json holds."""
@@ -533,7 +546,7 @@ class ContinualRun:
     def _evaluate_phase(self, number: int, trainer: ModXTrainer | None) -> bool:
         """Fill the row of a phase: all of it after its training, later only what a longer stream adds. Whether it is a
         new row."""
-        is_new = number == len(self._rows)
+        is_new, began = number == len(self._rows), perf_counter()
         if is_new:
             self._rows.append({})
         row = self._rows[number]
@@ -549,6 +562,7 @@ class ContinualRun:
             trainer = self._trainer(number, self._load_phase(number), None)
         if trainer is not None:
             trainer.on_encoded = partial(self._keep, number)
+            trainer.on_classes = partial(self.notes.keep_classes, number)
         for name, test in missing.items():
             values = trainer.evaluate(test, metric_key_prefix=name)
             row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
@@ -558,6 +572,7 @@ class ContinualRun:
         asked = self.args.cross_phase and self.cross_phase.complete(number, row, self._learned_at(self.tests))
         self._live = {}
         if missing or is_new or asked:
+            self.notes.add_seconds(number, perf_counter() - began)
             on_main_process(lambda: self._write_results(number))
         return is_new
 
@@ -588,6 +603,7 @@ class ContinualRun:
         results = read_json(self.folder / RESULTS)
         self._rows = []
         self._disorder: dict[int, dict[str, Any] | None] = {}
+        self.notes = EvaluationNotes(results)
         if results is None:
             return
         self._disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
@@ -639,14 +655,17 @@ class ContinualRun:
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self.deletions.results(number),
+            **self.notes.results(number, self.label_tests),
             **self._disorder_results(number),
+            **history_in_words(self._ids.get("history", []), self.identity, number),
         }
 
     def _disorder_results(self, number: int) -> dict[str, Any]:
         phases = [self._disorder.get(k) for k in range(number + 1)]
         return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
 
-    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | None]:
+    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | str | None]:
         """The phase that teaches each of these tests, of all by default."""
         of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}
         return {name: {**of_stream, **self._taught}[name] for name in tests or self._test_names}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .evaluation.cross_phase import CROSS_PHASE_METRICS, PREFIX, cross_phase_metrics
 from .evaluation.encoding import EncodedPairs
@@ -29,14 +30,15 @@ class CrossPhaseOfRun:
         """Remember what the model after phase `number` says, until `complete` was called."""
         self._kept[number, test] = encoded
 
-    def complete(self, number: int, row: Mapping[str, dict[str, float]], learned_at: Mapping[str, int | None]) -> bool:
+    def complete(self, number: int, row: Mapping[str, dict[str, float]], learned_at: Mapping[str, Any]) -> bool:
         """Measure what the row of phase `number` lacks. Whether anything was measured.
 
         Args:
             row: by test the metrics so far, to which these are added.
-            learned_at: of the retrieval tests, the phase that teaches each, 0 being the base; None: none does.
+            learned_at: of the retrieval tests, the phase that teaches each, 0 being the base. Where no single phase
+                does, the index is that of the start.
         """
-        indexed_at = {test: phase or 0 for test, phase in learned_at.items()}
+        indexed_at = {test: phase if isinstance(phase, int) else 0 for test, phase in learned_at.items()}
         asked = [test for test, phase in indexed_at.items() if phase <= number and test in row]
         asked = [test for test in asked if CROSS_PHASE_METRICS[0] not in row[test]]
         for test in asked:

@@ -177,7 +177,7 @@ def phase_card(
         scores=_scores_table(results, number),
         disorder=_disorder_table(results, number),
         lineage=_lineage(identity, results.get("model", {})),
-        recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
+        recipe=_recipe(results, number) if number else "",
         phases=_phases_table(identity, results, number),
         retention=retention_notes(results, number),
         options=_options_table(recipe_args),
@@ -322,7 +322,7 @@ def _matrix(results: Mapping[str, Any], number: int, metric: str, name=str) -> E
     """The matrix as it was after phase `number`, of the tests that have the metric; `name` changes the names of phases
     and tests."""
     rows = results["matrix"][metric][: number + 1]
-    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    learned_at = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
     phases, tests = results["phases"][:number], results["tests"]
     return EvaluationMatrix(list(map(name, phases)), list(map(name, tests)), rows, learned_at).measured()
 
@@ -448,6 +448,16 @@ def _training(results: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     return results["training"][number - 1] or {}
 
 
+def _recipe(results: Mapping[str, Any], number: int) -> str:
+    """Its name, and what was changed on the way: after a rollback a run may go on with other settings."""
+    changed = [
+        f"Other settings held up to phase {entry['until_phase']}: {escaped('; '.join(entry['changes']))}."
+        for entry in results.get("changed_settings", [])
+        if entry["until_phase"] < number
+    ]
+    return " ".join([f"Recipe {escaped(results['recipe'])}.", *changed])
+
+
 def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> str:
     rows = []
     for k, phase in enumerate(identity["phases"][:number], start=1):
@@ -544,7 +554,19 @@ def _data_notes(identity: Mapping[str, Any], results: Mapping[str, Any], number:
     left_out = [f"{bad['count']} of {escaped(name)}" for name, bad in results.get("bad_samples", {}).items()]
     if left_out:
         notes.append(f"Rows left out as bad samples: {', '.join(left_out)}.")
+    if deleted := results.get("deleted_pairs"):
+        notes.append(_deletions(deleted))
     return "\n\n".join(note for note in notes if note)
+
+
+def _deletions(deleted: Mapping[str, int]) -> str:
+    asked = [f"{deleted[kind]} {kind.replace('_', ' ')}" for kind in ("pair_ids", "images") if deleted[kind]]
+    known = deleted["trained_before"]
+    earlier = f" The models of phases 1 to {known} were trained before some of this was asked." if known else ""
+    return (
+        f"Deleted on request, from the replay memory ({deleted['rows_from_memory']} rows) and from what this phase "
+        f"was trained on: {' and '.join(asked)}.{earlier} What a model has learned before may remain in it."
+    )
 
 
 def _environment_table(known: Mapping[str, Any]) -> str:

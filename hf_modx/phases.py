@@ -13,6 +13,8 @@ from .nearest import did_you_mean
 
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
+ALL = "all"
+"""In the place of the number of the phase that teaches a test: all of them together do."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class PhaseStream:
         base: what the model knew before the first phase, where that is known: its test becomes part of the matrix and
             joint training uses its pairs.
         extra_tests: tests that no phase teaches, by name.
+        union_tests: names of those among them that hold the pairs of all tests.
     """
 
     phases: tuple[Phase, ...]
     base: Phase | None = None
     extra_tests: Mapping[str, Dataset] = field(default_factory=dict)
+    union_tests: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -76,15 +80,16 @@ class PhaseStream:
         """The base, if there is one, and the phases."""
         return [*([self.base] if self.base else []), *self.phases]
 
-    def tests(self) -> dict[str, tuple[Dataset, int | None]]:
-        """Name -> (test set, number of the phase that teaches it; 0 the base, None never)."""
-        found: dict[str, tuple[Dataset, int | None]] = {}
+    def tests(self) -> dict[str, tuple[Dataset, int | str | None]]:
+        """Name -> (test set, number of the phase that teaches it; 0 the base, `ALL` a union of tests, None never)."""
+        found: dict[str, tuple[Dataset, int | str | None]] = {}
         if self.base is not None and self.base.test is not None:
             found[self.base.name] = (self.base.test, 0)
         for number, phase in enumerate(self.phases, start=1):
             if phase.test is not None:
                 found[phase.name] = (phase.test, number)
-        found.update({name: (dataset, None) for name, dataset in self.extra_tests.items()})
+        for name, dataset in self.extra_tests.items():
+            found[name] = (dataset, ALL if name in self.union_tests else None)
         return found
 
     def map_parts(self, change) -> "PhaseStream":
@@ -101,15 +106,43 @@ class PhaseStream:
         base = changed(self.base)
         phases = tuple(changed(phase) for phase in self.phases)
         extra = {name: change(f"{name} (test)", dataset) for name, dataset in self.extra_tests.items()}
-        return PhaseStream(phases, base, extra)
+        return PhaseStream(phases, base, extra, self.union_tests)
+
+    def with_replay(
+        self,
+        pairs: Dataset,
+        *,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        pair_id_column: str = "pair_id",
+    ) -> "PhaseStream":
+        """The same stream with old pairs, or public ones, as its base: recipes that replay start with a memory of
+        them, and mix it with what the phases bring (see `Replay`).
+
+        Args:
+            pairs: with images and captions in the columns of the stream. Pair ids count as the stream's own; where
+                they are others, leave the column out.
+            image_column, caption_column, pair_id_column: of both.
+
+        Raises:
+            ValueError: the stream has a base already, or a column is missing.
+            TypeError: a column of a wrong type.
+        """
+        from .replay_dataset import like_stream  # which knows what a stream is
+
+        if self.base is not None:
+            raise ValueError(f"The stream has a base, {self.base.name!r}, whose pairs are replayed: give no others.")
+        table = like_stream(pairs, self.phases[0].train, (image_column, caption_column, pair_id_column))
+        return replace(self, base=Phase("replay", table))
 
     def with_union_test(self, name: str = "union") -> "PhaseStream":
-        """The same stream with one test more that no phase teaches: the pairs of all tests in one gallery, where what
-        one phase has taught can be taken for what another has."""
+        """The same stream with one test more: the pairs of all tests in one gallery, where what one phase has taught
+        can be taken for what another has. It is in the matrix and in no number of its summary."""
         tests = [dataset for dataset, _ in self.tests().values()]
         shared = [column for column in tests[0].column_names if all(column in t.column_names for t in tests)]
         union = concatenate_datasets([dataset.select_columns(shared) for dataset in tests])
-        return replace(self, extra_tests={**self.extra_tests, name: union})
+        extra = {**self.extra_tests, name: union}
+        return replace(self, extra_tests=extra, union_tests=(*self.union_tests, name))
 
     def _refuse_overlap(self) -> None:
         """The same table twice among the phases' parts, or as training part and as extra test, is a mistake in the

@@ -40,7 +40,7 @@ class RetentionTests:
     Args:
         callbacks: of the run.
         asked: names of tests, comma-separated; None: in each phase the tests of what was learned before it.
-        learned_at: name -> the phase that teaches the test, 0 being the base; None: none does.
+        learned_at: name -> the phase that teaches the test, 0 being the base; no number: none does alone.
         phases: their number.
 
     Raises:
@@ -48,7 +48,11 @@ class RetentionTests:
     """
 
     def __init__(
-        self, callbacks: Sequence[LossCallback], asked: str | None, learned_at: Mapping[str, int | None], phases: int
+        self,
+        callbacks: Sequence[LossCallback],
+        asked: str | None,
+        learned_at: Mapping[str, int | str | None],
+        phases: int,
     ):
         self.budgets = [callback for callback in callbacks if isinstance(callback, RetentionBudget)]
         self.asked = None if asked is None else names_of(asked)
@@ -73,7 +77,9 @@ class RetentionTests:
         """Names of the tests."""
         if self.asked is not None:
             return self.asked
-        return [name for name, learned_at in self.learned_at.items() if learned_at is not None and learned_at < number]
+        return [
+            name for name, learned_at in self.learned_at.items() if isinstance(learned_at, int) and learned_at < number
+        ]
 
     def watch(self, number: int, tests: Mapping[str, Any]) -> None:
         """Let the budget be about the tests of a phase, of all tests by name."""

@@ -47,7 +47,7 @@ from .energy import EnergyMeter
 from .engines import check_engine
 from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
-from .evaluation.suite import LabelTest
+from .evaluation.suite import LabelTest, Measured
 from .files import SEAL, seal, write_text
 from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
@@ -178,6 +178,8 @@ class ModXTrainer(Trainer):
         self.add_callback(self._along)
         self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
         """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""
+        self.on_classes: Callable[[str, list[float | None]], None] | None = None
+        """Called in `evaluate` with the prefix of the metrics and the accuracies by class of a `ZeroShotTest`."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
@@ -537,7 +539,7 @@ class ModXTrainer(Trainer):
         super().log(logs, start_time)
 
     def _since_the_last_log(self, with_loss: bool = False) -> dict[str, float]:
-        """Means over the steps. The loss among them is what the stock log says, which forgets all before an interruption."""
+        """Means over the steps. The stock one of the loss leaves out the steps before an interruption."""
         means = self._means.take()
         if not means:
             return {}
@@ -569,7 +571,11 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        values = self.measure(eval_dataset, partial(self.on_encoded, metric_key_prefix) if self.on_encoded else None)
+        values = self.measure(
+            eval_dataset,
+            partial(self.on_encoded, metric_key_prefix) if self.on_encoded else None,
+            partial(self.on_classes, metric_key_prefix) if self.on_classes else None,
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
@@ -577,11 +583,18 @@ class ModXTrainer(Trainer):
         return metrics
 
     def measure(
-        self, test: Dataset | LabelTest, on_encoded: Callable[[EncodedPairs], None] | None = None
+        self,
+        test: Dataset | LabelTest,
+        on_encoded: Callable[[EncodedPairs], None] | None = None,
+        on_classes: Callable[[list[float | None]], None] | None = None,
     ) -> dict[str, float]:
-        """The metrics of `evaluate` without prefix and log; `on_encoded` gets the embeddings of pairs."""
+        """The metrics of `evaluate` without prefix and log; `on_encoded` gets the embeddings of pairs, `on_classes`
+        what is reached in each class."""
         if isinstance(test, LabelTest):
-            return self._measure(test)
+            measured = self._measure(test)
+            if on_classes is not None and measured.per_class is not None:
+                on_classes(measured.per_class)
+            return measured.metrics
         encoded = self.encode(test)
         if on_encoded is not None:
             on_encoded(encoded)
@@ -603,7 +616,7 @@ class ModXTrainer(Trainer):
         self.model.train(was_training)
         return encoded
 
-    def _measure(self, test: LabelTest) -> dict[str, float]:
+    def _measure(self, test: LabelTest) -> Measured:
         was_training = self.model.training
         self.model.eval()
         args = self.args
@@ -611,9 +624,9 @@ class ModXTrainer(Trainer):
             self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
         )
         with self.accelerator.autocast():
-            values = test.measure(encoder)
+            measured = test.measured(encoder)
         self.model.train(was_training)
-        return values
+        return measured
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
