@@ -31,7 +31,7 @@ def untimed(content):
     """Results without what a clock has measured."""
     clocks = ("train_runtime", "train_samples_per_second", "log", "environment")
     training = [{name: value for name, value in phase.items() if name not in clocks} for phase in content["training"]]
-    return {**content, "training": training}
+    return {**content, "training": training, "evaluation_seconds": None}
 
 
 # ---- On the disk ----
