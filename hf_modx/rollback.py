@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from .deletion import Deletions
 from .evaluation import EvaluationMatrix
 from .files import read_json, write_json
 from .hub import HubPublisher
@@ -57,7 +58,8 @@ def rollback(run: Path, number: int) -> list[str]:
         raise ValueError(f"{run} holds no run: there is no {RECORD} in it.")
     _check(run, number)
     record = _record_after(record, number)
-    results = _results_after(read_json(run / RESULTS), number)
+    deleted = Deletions(run, ("", "")).results(number)  # which asks for no columns
+    results = _results_after(read_json(run / RESULTS), number) | deleted
     published = read_json(run / HUB_FILE)
     if published is None:
         write_json(run / JOURNAL, {"to": number})
@@ -144,6 +146,7 @@ def _results_after(results: Mapping[str, Any], number: int) -> dict[str, Any]:
     rows = slice(number + 1)
     found = dict(results)
     found["phases"], found["training"] = results["phases"][:number], results["training"][:number]
+    found.pop("deleted_pairs", None)
     found["learned_at"] = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
     for name in ("matrix", "ranks"):
         found[name] = {metric: values[rows] for metric, values in results[name].items()}
