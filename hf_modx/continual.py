@@ -153,7 +153,8 @@ class ContinualRun:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
-        stream, self.bad_samples = checks.usable(stream), checks.bad_samples
+        stream = checks.usable(stream, other_tests=len(self.label_tests))
+        self.bad_samples = checks.bad_samples
         self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
         self.stream = self.deletions.kept(stream)
         self.tests = self.stream.tests()

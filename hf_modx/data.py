@@ -64,7 +64,8 @@ class PairDataset(torch.utils.data.Dataset):
         places = [divmod(int(index), len(self.dataset)) for index in indices]
         try:
             rows = self.dataset[[row for _, row in places]]
-        except (OSError, SyntaxError) as error:
+            images = [to_rgb(image) for image in rows[self.image_column]]
+        except Exception as error:  # Pillow raises nearly anything on a broken file
             raise ValueError(
                 f"An image among the rows {[row for _, row in places]} cannot be decoded: {error}"
             ) from error
@@ -74,11 +75,11 @@ class PairDataset(torch.utils.data.Dataset):
                 "row_id": row,
                 "epoch": epoch,
                 "pair_id": pair_id,
-                "image": to_rgb(image),
+                "image": image,
                 "captions": as_captions(captions),
             }
             for (epoch, row), pair_id, image, captions in zip(
-                places, pair_ids, rows[self.image_column], rows[self.caption_column], strict=True
+                places, pair_ids, images, rows[self.caption_column], strict=True
             )
         ]
 

@@ -1,6 +1,6 @@
 """Gathering rows from all processes with gradient, and doing something on one of them for all."""
 
-import pickle
+import pickle  # nosec B403 # nothing is read but what the same line has written
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -98,7 +98,7 @@ def _attempt(function: Callable[[], Any]) -> Any:
 def _portable(error: Exception) -> Exception:
     """The error, or its text where it cannot travel to the other processes."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.loads(pickle.dumps(error))  # nosec B301 # its own words
     except Exception:  # an exception's own way to be pickled may raise anything
         return RuntimeError(repr(error))
     return error

@@ -584,7 +584,7 @@ def _is_same(content: Path | bytes, file: RepoFile) -> bool:
 
 
 def _git_id(content: bytes) -> str:
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 @lru_cache(maxsize=64)

@@ -204,7 +204,7 @@ class RunOnHub:
             raise error
 
 
-def revision_of_phase(run: Path, number: int, parent: int | None, title: str, **contents: Any) -> Revision:
+def revision_of_phase(run: Path, number: int, parent: int | None, title: str, /, **contents: Any) -> Revision:
     """See `RunOnHub.revision`, of the run in a folder."""
     folder = phase_folder(run, number)
     files = {

@@ -10,9 +10,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image | None) -> Image.Image:
     """Upright RGB from any mode: EXIF rotation applied, transparency laid on white, 16 bits scaled to 8, the first
-    frame of an animation."""
+    frame of an animation.
+
+    Raises:
+        ValueError: there is no image. Pillow raises nearly anything on a broken one.
+    """
+    if image is None:
+        raise ValueError("it is null.")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         pixels = np.asarray(image, dtype=np.float32)

@@ -267,7 +267,10 @@ def _build(name: str, options: dict[str, Any]) -> list[LossCallback]:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"Recipe {name!r} has no option {', '.join(unknown)}. Options: {', '.join(known) or 'none'}.")
-    return RECIPES[name](**options)
+    try:
+        return RECIPES[name](**options)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"Recipe {name!r} does not take the options {options}: {error}.") from error
 
 
 def _with_one_contrastive_term(callbacks: list[LossCallback]) -> list[LossCallback]:

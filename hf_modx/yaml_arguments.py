@@ -24,7 +24,7 @@ def yaml_to_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     Raises:
         ValueError: not a mapping, or a key that is no flag; the message suggests the nearest one.
     """
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # nosec B506 # it makes strings only
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping from flags to values, as in `num_phases: 5`.")
     known = {option.removeprefix("--") for option in parser._option_string_actions if option.startswith("--")}
@@ -75,10 +75,12 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: 
             arguments = yaml_to_flags(Path(arguments[0]), parser) + arguments[1:]
         except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
             parser.error(str(error))
-    if defaults is not None:
-        given = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
-        parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0], given))
     try:
+        if defaults is not None:
+            given = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
+            parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0], given))
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
+    except Exception as error:  # transformers raises nearly anything on a value that it does not take
+        parser.error(f"{type(error).__name__}: {error}")

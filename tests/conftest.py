@@ -27,6 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 from hf_modx import ModXTrainingArguments
 
@@ -35,6 +36,10 @@ from tiny import tiny_clip, tiny_pairs, tiny_processor
 pytest_plugins = ["hub_fixtures"]
 
 torch.set_num_threads(1)
+# Examples of each fuzzed property; HYPOTHESIS_PROFILE=long takes the time for many.
+settings.register_profile("short", max_examples=50, deadline=None)
+settings.register_profile("long", max_examples=10_000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
 # accelerate collects garbage before every training run, half a second each time with all that is imported here: what
 # is there now stays for good and need not be looked through.
 gc.freeze()

@@ -64,10 +64,14 @@ def results(run):
     return json.loads((run.folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("recipe", list(RECIPES))
-def test_every_recipe_fills_the_matrix(run, recipe):
+@pytest.mark.parametrize("recipe", ["modx", "joint", "frozen"])
+def test_recipe_fills_the_matrix(run, recipe):
     content = results(run(recipe=recipe))
     assert content["recipe"] == recipe
+    assert_filled(content)
+
+
+def assert_filled(content):
     assert content["tests"] == ["part 0", "part 1", "part 2"]
     assert content["phases"] == ["part 1", "part 2"]
     for metric, matrix in content["matrix"].items():
@@ -357,6 +361,7 @@ def test_interrupted_run_ends_as_an_undisturbed_one(run, make_args, tmp_path, re
     assert same(weights(resumed, 2), weights(whole, 2))
     assert results(resumed)["matrix"] == results(whole)["matrix"]
     assert training_without_clocks(resumed) == training_without_clocks(whole)
+    assert_filled(results(whole))
 
 
 def cut(path):

@@ -103,7 +103,7 @@ def test_domain_is_learned_half_way_and_the_zero_shot_test_measured_before_and_a
         torch.testing.assert_close(half[name], (old[name] + whole[name]) / 2, atol=1e-6, rtol=0)
 
 
-def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path):
+def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path, caplog):
     for name, start in (("my_flowers", 0), ("my_birds", 24)):
         kinds = tiny_pairs(24, start=start)
         shapes = [row["caption"][0].split()[-1] for row in kinds]
@@ -115,6 +115,7 @@ def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path):
     assert results(run)["phases"] == ["flowers", "birds"]
     after_flowers, after_birds = results(run)["matrix"]["zero_shot_top1"][1:]
     assert None not in after_flowers + after_birds
+    assert "No phase has a test" not in caplog.text
     terms = results(run)["training"][0]["log"]
     assert {"classification", "reference_images", "reference_texts"} <= set(terms) and "contrastive" not in terms
 

@@ -320,6 +320,7 @@ def test_cumulative_goes_on_with_all_data_for_the_steps_of_one_phase(run, length
     assert [watch.seen[number][1:] for number in (1, 2)] == [(steps, 18), (steps, 27)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["wise_ft", EVERYTHING_KEPT])
 def test_run_interrupted_after_a_last_step_still_ends_its_phase(run, tmp_path, recipe):
     class StopAtSave(TrainerCallback):
@@ -337,6 +338,7 @@ def test_run_interrupted_after_a_last_step_still_ends_its_phase(run, tmp_path, r
         assert same(state(resumed, number), state(whole, number)), number
 
 
+@pytest.mark.slow
 def test_run_interrupted_before_publishing_writes_the_same_state_again(run, tmp_path, monkeypatch):
     settings = {"save_strategy": "steps", "save_steps": 2}
     publish = ContinualRun._publish
@@ -354,6 +356,7 @@ def test_run_interrupted_before_publishing_writes_the_same_state_again(run, tmp_
     assert same(state(resumed, 2), state(whole, 2)) and same(weights(resumed, 2), weights(whole, 2))
 
 
+@pytest.mark.slow
 def test_more_phases_end_with_the_weights_of_one_long_run(run, tmp_path):
     run(EVERYTHING_KEPT, make_stream(2))
     grown = run(EVERYTHING_KEPT, make_stream(3))
@@ -361,6 +364,7 @@ def test_more_phases_end_with_the_weights_of_one_long_run(run, tmp_path):
     assert same(weights(grown, 3), weights(whole, 3))
 
 
+@pytest.mark.slow
 def test_run_that_fell_over_starts_its_phase_with_the_state_from_before(run, model, processor, make_args, tmp_path):
     fail = StopAt(2, 2)
     settings = {"model": model, "processing_class": processor, "recipe_args": OPTIONS["ewc"]}
