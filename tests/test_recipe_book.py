@@ -130,15 +130,6 @@ def test_adapters_are_trained_and_merged_and_the_rest_of_the_model_stays_as_it_w
     assert changed == {name for name in old if name.endswith(adapted)}
 
 
-def test_one_adapter_a_phase_leaves_the_base_out(cook, tmp_path):
-    """What the configuration offers in its last line."""
-    tiny_pairs(16).to_parquet(tmp_path / "pairs.parquet")
-    data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "1"]
-    run = cook(config("lora_one_gpu.yaml"), *data, "--lora_merge", "false", steps=1)
-    assert (run / "phase-1" / "adapter_model.safetensors").exists()
-    assert not (run / "phase-1" / "model.safetensors").exists()
-
-
 @pytest.mark.slow
 def test_eight_gpus_are_eight_processes_of_one_batch(cook, tmp_path):
     """Two processes of a CPU in their place."""
