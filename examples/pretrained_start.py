@@ -6,8 +6,8 @@
 
 Both towers stay as they are: a linear projection behind each and the logit scale learn the pairs of the built-in
 stream's base, or of `--dataset_name` (locked towers, after Zhai et al., "LiT: Zero-Shot Transfer with Locked-image
-text Tuning", CVPR 2022, where only the image tower is locked). All flags of `ModXTrainingArguments` are taken; 500 steps
-where `--max_steps` does not say otherwise. The result is a `VisionTextDualEncoderModel` with its processor.
+text Tuning", CVPR 2022, where only the image tower is locked). All flags of `ModXTrainingArguments` are taken;
+500 steps where `--max_steps` does not say otherwise. The result is a `VisionTextDualEncoderModel` with its processor.
 """
 
 import sys
