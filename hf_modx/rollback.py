@@ -142,7 +142,7 @@ def _record_after(record: Mapping[str, Any], number: int) -> dict[str, Any]:
 def _results_after(results: Mapping[str, Any], number: int) -> dict[str, Any]:
     """results.json as it was after the phase."""
     phases, tests = results["phases"][:number], results["tests"]
-    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    learned_at = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
     cut = {
         name: {metric: rows[: number + 1] for metric, rows in results[name].items()} for name in ("matrix", "ranks")
     }
@@ -162,6 +162,13 @@ def _results_after(results: Mapping[str, Any], number: int) -> dict[str, Any]:
     if "spatial_disorder" in results:
         disorder = results["spatial_disorder"]
         found["spatial_disorder"] = {**disorder, "phases": disorder["phases"][: number + 1]}
+    if "evaluation_seconds" in results:
+        found["evaluation_seconds"] = results["evaluation_seconds"][: number + 1]
+    if "per_class" in results:
+        found["per_class"] = {
+            name: {**of_test, "zero_shot_top1": of_test["zero_shot_top1"][: number + 1]}
+            for name, of_test in results["per_class"].items()
+        }
     return {name: value for name, value in found.items() if name != "changed_settings" or earlier}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -26,8 +27,12 @@ from hf_modx.report import read_run
 from hf_modx.report.tables import compare
 from hf_modx.report.writing import default_metrics
 
-from test_continual import make_stream
+from test_continual import TESTS, make_stream
 from tiny import tiny_clip, tiny_pairs
+
+sys.path[:0] = [str(TESTS.parent / "examples" / "study")]
+
+import index as study_index  # noqa: E402
 
 
 def rotation(dim=8):
@@ -329,3 +334,24 @@ def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
     row = {"may": {}}
     CrossPhaseOfRun(gone).complete(1, row, {"may": None})
     assert row == {"may": {}} and "The index of 'may' cannot be asked. phase-0 is not there" in caplog.text
+
+
+# ---- In the study ----
+
+
+def test_study_tells_of_runs_that_are_there_and_measures_them_once(finished, tmp_path, monkeypatch, capsys):
+    run, results = finished
+    monkeypatch.setattr(study_index, "DEMO_STREAMS", {"domain": lambda seed: make_stream(2)})
+    (tmp_path / "study" / "domain").mkdir(parents=True)
+    (tmp_path / "study" / "domain" / "finetune-seed42").symlink_to(run.folder)
+    study_index.main([str(tmp_path / "study"), "--output_dir", str(tmp_path)])
+    file = tmp_path / "index" / "domain" / "finetune-seed42.json"
+    first, *_, last = json.loads(file.read_text())
+    assert (first["old"], first["new"], first["fitted_on"]) == (0, 1, 9) and (last["old"], last["new"]) == (0, 2)
+    across = results["matrix"]["cross_phase_text_to_image_recall@1"]
+    assert last["values"]["stale"]["cross_phase_text_to_image_recall@1"] == pytest.approx(across[2][0])
+    assert "| after one phase | text to image | finetune | 42 |" in (tmp_path / "index.md").read_text()
+    monkeypatch.setattr(study_index, "measured", lambda *args: 1 / 0)
+    study_index.main([str(tmp_path / "study"), "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no finished runs"):
+        study_index.main([str(tmp_path)])
