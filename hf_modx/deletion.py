@@ -16,12 +16,9 @@ from datasets import Dataset, load_from_disk
 from .files import publish_folder, read_json, write_json
 from .overlap import image_digest, image_digests
 from .phases import PhaseStream
-from .run_folder import MEMORY, RECORD, finished_rows
+from .run_folder import DELETED, MEMORY, RECORD, finished_rows
 
 logger = logging.getLogger(__name__)
-
-DELETED = "deleted.json"
-"""In a run's folder: the requests. It holds ids and hashes, never an image or a caption, and is not published."""
 
 
 @dataclass(frozen=True)

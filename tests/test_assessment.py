@@ -16,7 +16,10 @@ from hf_modx import Phase, build_recipe
 from hf_modx.assessment import Assessment, Duplicates, Shift, advise, assess, measure_cost, rows_kept
 from hf_modx.cli import main
 from hf_modx.data import PairCollator
+from hf_modx.demo import DEMO_DEFAULTS, trained_base
+from hf_modx.demo_streams import DEMO_STREAMS
 from hf_modx.evaluation import EncodedPairs, Encoder
+from hf_modx.pretrained import load_dual_encoder
 
 from tiny import tiny_pairs
 
@@ -183,8 +186,8 @@ def test_notes_tell_of_duplicates_bad_samples_and_pairs_that_are_alike():
     assert advise(measured(0.6)).notes == []
 
 
-# What `hf-modx assess --sample 512` says to a base of seed 0 (1,000 steps; 350 of the instance stream) about the phases
-# of the built-in streams: phase -> rows kept at a batch of 128, alone and with replay.
+# What `hf-modx assess --sample 512` says to a base of seed 0 (1,000 steps; 350 of the instance stream) about the
+# phases of the built-in streams: phase -> rows kept at a batch of 128, alone and with replay.
 BUILT_IN = {
     "domain": {"mosaic": (0.372, 0.378), "pastel": (0.208, 0.260), "popart": (0.121, 0.209)},
     "instance": {"part_1": (0.033, 0.156), "part_2": (0.033, 0.159), "part_3": (0.048, 0.166)},
@@ -249,3 +252,16 @@ def test_command_names_what_it_does_not_find(saved, capsys, data, options, messa
     place = data if ":" in data else str(saved / data)
     assert main(["assess", str(saved / "model"), place, *options]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_advice_on_a_built_in_stream_names_the_better_recipe(make_args):
+    phases = DEMO_STREAMS["class"](0)
+    args = make_args(**{**DEMO_DEFAULTS, "image_augmentation": "none"})
+    folder = trained_base(phases, args, 60)
+    model, processor = load_dual_encoder(folder)
+    encoder = Encoder(model, PairCollator.for_model(model, processor), 128)
+    found = [assess(encoder, phase, phases.base, batch_size=128, positives=False, sample=512) for phase in phases]
+    advice = advise(found)
+    assert advice.recipe == advice.ranking[0] == "modx_plus"  # what the study finds
+    assert advice.held["modx_plus"] > advice.held["modx"] > 0
