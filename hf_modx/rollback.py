@@ -98,7 +98,7 @@ def reopen(run: Path, identity: Mapping[str, Any], keepers: list[str]) -> dict[s
     if "identity" not in record:
         return {}
     before, history = record["identity"], record.get("history", [])
-    _forget_other_tests(run, before["tests"], identity["tests"])
+    _forget_other_tests(run, before.get("tests", {}), identity["tests"])
     if before["recipe_args"] != identity["recipe_args"]:
         _forget_other_recipe(run)
         _begin_to_keep(run, last, [name for name in keepers if name not in before["recipe_args"]])
