@@ -28,7 +28,7 @@ from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
-from .distributed import on_main_process
+from .distributed import on_each_process, on_main_process
 from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.cross_phase import CROSS_PHASE_METRICS
@@ -39,7 +39,7 @@ from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
 from .hub_run import RunOnHub
-from .identity import refused_changes, run_identity, weights_fingerprint
+from .identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
 from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
@@ -368,7 +368,7 @@ class ContinualRun:
         than the trainer has, which is trained with an adapter."""
         phase = self.stream.phases[number - 1]
         starts_from = self._parent(number)
-        trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
+        trainer = self._trainer(number, self._load_parent(starts_from), self._training_data(number))
         logit_scale = [logit_scale_of(trainer.model)]
         memory = self._memory_after(number - 1)
         if memory is not None:
@@ -502,6 +502,16 @@ class ContinualRun:
 
     def _load_phase(self, number: int) -> nn.Module:
         return self._load(self.phase_folder(number))
+
+    def _load_parent(self, number: int) -> nn.Module:
+        """The model that a phase starts from and has as its teacher, which must be the one that the run has left."""
+        model, folder, expected = self._load_phase(number), self.phase_folder(number), self.identity["start"]
+        if number > 0:
+            known = read_json(self.folder / RESULTS)["training"][number - 1] or {}
+            # An adapter is merged into its base here, which another machine may round in another way.
+            expected = None if (folder / ADAPTER_CONFIG).exists() else known.get("weights")
+        on_each_process(lambda *_: refuse_other_weights(model, expected, folder) or [])
+        return model
 
     def _load(self, folder: Path) -> nn.Module:
         """The model of a phase, an adapter merged into the base that it is one of."""

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -148,12 +149,31 @@ def refused_changes(record: Mapping[str, Any], now: Mapping[str, Any], trained: 
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters, the first 16 hexadecimal digits."""
+    """SHA-256 over names and values of all parameters, the first 16 hexadecimal digits. The values are those in fp32,
+    which is what a run trains in, whatever it was given."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu().contiguous()
+        values = values.float() if values.is_floating_point() else values
+        digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def refuse_other_weights(model: nn.Module, expected: str | None, folder: Path) -> None:
+    """Raise a ValueError unless the model has the `weights_fingerprint` that was written down when its phase ended;
+    None: none was.
+
+    Args:
+        folder: that the model came from, for the message.
+    """
+    found = weights_fingerprint(model) if expected is not None else None
+    if found != expected:
+        raise ValueError(
+            f"{folder} holds other weights ({found}) than the phase ended with ({expected}, says the run): the next "
+            "one would start from another model and keep to it as its teacher. Put the folder back as it was, or "
+            "choose another output_dir."
+        )
 
 
 def _options(callback: LossCallback) -> dict[str, Any]:

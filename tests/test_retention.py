@@ -428,7 +428,10 @@ def test_card_states_the_promise_and_the_drift_of_the_scale(run):
     assert start == pytest.approx(weights(continual, 0)["logit_scale"].exp().item())
     assert end == pytest.approx(weights(continual)["logit_scale"].exp().item())
     assert f"| {start:.4g} to {end:.4g} |" in card
-    assert "Phase 1: at most 10 % of the mean over right" in card and "10 of 10 steps, 12 evaluations." in card
+    assert (
+        "Phase 1: at most 10 % of the mean of Image-to-text MRR on right, which went from" in card
+        and "10 of 10 steps, 12 evaluations." in card
+    )
     assert retention_notes(results(continual), 1) in card
 
 
