@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
-from datasets import Dataset, Features, Image, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 
 from hf_modx import ContinualRun, Phase, PhaseStream
 from hf_modx.cli import main
 from hf_modx.deletion import Deletions, forget
 from hf_modx.identity import changes
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import continual_clip
 from test_continual import StopAt, make_stream, same, weights
 from tiny import picture, tiny_pairs
 
@@ -89,6 +94,19 @@ def test_own_pairs_take_the_form_of_the_streams():
 def test_own_pairs_that_do_not_fit_are_refused(stream, pairs, message):
     with pytest.raises(ValueError, match=message):
         stream.with_replay(pairs)
+
+
+def test_script_starts_the_memory_of_a_recipe_that_replays_with_own_pairs(tmp_path, make_args):
+    DatasetDict(a_train=tiny_pairs(9), b_train=tiny_pairs(9, start=9)).save_to_disk(tmp_path / "data")
+    tiny_pairs(5, "yellow").save_to_disk(tmp_path / "own")
+    settings = {"dataset_name": str(tmp_path / "data"), "replay_dataset": str(tmp_path / "own"), "test_fraction": 0.0}
+    script = continual_clip.ScriptArguments(model_name_or_path="a clip", recipe=["modx+er"], **settings)
+    stream, _ = continual_clip.load_stream(script, make_args())
+    assert (stream.base.name, len(stream.base.train), len(stream)) == ("replay", 5, 2)
+    with pytest.raises(ValueError, match=r"needs a recipe that replays: --recipe modx\+er"):
+        continual_clip.ScriptArguments(model_name_or_path="a clip", recipe=["modx"], **settings)
+    with pytest.raises(ValueError, match="needs --model_name_or_path"):
+        continual_clip.ScriptArguments(recipe=["er"], **settings)
 
 
 # --- deletion --------------------------------------------------------------------------------------------------------
