@@ -31,7 +31,7 @@ def untimed(content):
     """Results without what a clock has measured."""
     clocks = ("train_runtime", "train_samples_per_second", "log", "environment")
     training = [{name: value for name, value in phase.items() if name not in clocks} for phase in content["training"]]
-    return {**content, "training": training}
+    return {**content, "training": training, "evaluation_seconds": None}
 
 
 # ---- On the disk ----
@@ -50,11 +50,11 @@ def start(kept, run, make_args, tmp_path):  # noqa: F811
     """Starts a finished run of two phases, with memory and states, again; its folder is `out`."""
 
     def start(stream=None, **changes):
-        return run(stream or make_stream(2), KEEPING, make_args(**{"max_steps": 2, **changes}))
+        return run(stream or make_stream(2).with_union_test(), KEEPING, make_args(**{"max_steps": 2, **changes}))
 
     if not (kept / "out").exists():
         with pytest.raises(SystemError):
-            run(make_stream(2), KEEPING, make_args(max_steps=2), callbacks=[StopAt(2, 1)])
+            run(make_stream(2).with_union_test(), KEEPING, make_args(max_steps=2), callbacks=[StopAt(2, 1)])
         shutil.copytree(tmp_path / "out", kept / "one")
         start()
         shutil.copytree(tmp_path / "out", kept / "out")
