@@ -37,6 +37,11 @@ Further tests after every phase, declared in a file: other data, zero-shot class
 
     accelerate launch examples/continual_clip.py --tests tests.yaml
 
+With a promise: after every phase the tests of what was learned before score at least 80 % of what they did before it,
+or the weights move back until they do:
+
+    accelerate launch examples/continual_clip.py --max_forgetting 0.2 --on_forgetting interpolate
+
 Every phase as a revision of one repository on the Hub (after `hf auth login`), private unless told otherwise:
 
     accelerate launch examples/continual_clip.py --push_to_hub --hub_model_id my_clip
@@ -57,6 +62,7 @@ from pathlib import Path
 import datasets
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.card_metadata import metric_name
@@ -69,6 +75,7 @@ from hf_modx.load_data import at_most, load_splits
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
 from hf_modx.recipes import recipe_arguments, recipe_name
+from hf_modx.retention_of_run import load_retention_tests
 from hf_modx.yaml_arguments import parse_arguments
 
 logger = logging.getLogger("hf_modx.example")
@@ -85,6 +92,9 @@ class ScriptArguments:
         default=None, metadata={"help": "A CLIP model. Default: the small CLIP trained on the stream's base."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights, of the seed, in the architecture of the model."}
+    )
     dataset_name: str | None = field(
         default=None,
         metadata={
@@ -175,6 +185,8 @@ class ScriptArguments:
                     raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
         if self.protocol is not None and self.dataset_name is not None:
             raise ValueError("--protocol has data of its own and does not go with --dataset_name.")
+        if self.from_scratch and self.model_name_or_path is None:
+            raise ValueError("--from_scratch needs --model_name_or_path, the model whose architecture is meant.")
         if self.data_root is not None and self.protocol is None:
             raise ValueError("--data_root needs --protocol.")
         others = self.dataset_name is not None or self.protocol is not None
@@ -223,6 +235,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         if repeated := sorted(set(tests) & set(further)):
             raise SystemExit(f"{script.tests}: the protocol has tests of the names {', '.join(repeated)} already.")
         tests |= further
+    tests |= load_retention_tests(args, [*stream.tests(), *tests])
     if script.dry_run:
         if args.process_index == 0:
             print(plan(stream, script, args))
@@ -233,8 +246,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
         stream,
         script.recipe,
         args,
-        model=script.model_name_or_path,
-        revision=script.model_revision,
+        **start_model(script, args),
         recipe_args=script.recipe_options,
         base_max_steps=script.base_max_steps,
         tests=tests,
@@ -251,6 +263,16 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     if unpublished is not None:
         raise SystemExit(UNPUBLISHED)
     return matrix
+
+
+def start_model(script: ScriptArguments, args: ModXTrainingArguments) -> dict:
+    """The arguments of `ContinualRun` that say what the run starts from."""
+    name, revision = script.model_name_or_path, script.model_revision
+    if not script.from_scratch:
+        return {"model": name, "revision": revision}
+    set_seed(args.seed)
+    model = AutoModel.from_config(AutoConfig.from_pretrained(name, revision=revision), dtype=torch.float32)
+    return {"model": model, "processing_class": AutoProcessor.from_pretrained(name, revision=revision)}
 
 
 def use_all_cores(args: ModXTrainingArguments) -> None:

@@ -22,11 +22,11 @@ import torch
 from datasets import Dataset, load_from_disk
 from matplotlib.figure import Figure
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
 
 from hf_modx import ModXTrainingArguments
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.demo import DEMO_DEFAULTS, demo_stream, trained_base
+from hf_modx.pretrained import load_dual_encoder
 from hf_modx.pseudo_texts import Inversion, PseudoTexts, PseudoTextSearch
 
 COLOURS = {"pseudo text": "#0072B2", "caption it started from": "#E69F00", "other captions": "#999999"}
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> dict[str, float]:
     options = parser.parse_args(argv)
 
     folder, memory = old_model_and_memory(options)
-    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model, processor = load_dual_encoder(str(folder))
     pairs = PairDataset(memory, options.image_column, options.caption_column, options.pair_id_column)
     collator = PairCollator.for_model(model, processor)
     search = PseudoTextSearch(model, pairs, collator, batch_size=64)

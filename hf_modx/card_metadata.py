@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from .evaluation.cross_phase import PREFIX as CROSS_PHASE
 from .files import write_text
 
 RETRIEVAL = ("image-text-retrieval", "Image-text retrieval")
@@ -66,12 +67,12 @@ def model_tags(config: Mapping[str, Any], recipe: str, more: Sequence[str] = ())
 
 
 def _eval_results(results: Mapping[str, Any], number: int) -> list[EvalResult]:
-    """Everything that was measured after a phase."""
+    """Everything that was measured of the model after a phase alone, not together with another one."""
     return [
         eval_result(test, metric, rows[number][column], source_of_test(results, test))
         for column, test in enumerate(results["tests"])
         for metric, rows in {**results["matrix"], **results.get("ranks", {})}.items()
-        if rows[number][column] is not None
+        if rows[number][column] is not None and not metric.startswith(CROSS_PHASE)
     ]
 
 
@@ -129,7 +130,7 @@ def write_eval_results(folder: Path, results: Mapping[str, Any], number: int) ->
 
 def metric_name(metric: str) -> str:
     """`image_to_text_recall@1` -> `Image-to-text recall@1`."""
-    name = metric.replace("_to_", "-to-").replace("zero_shot", "zero-shot").replace("_", " ")
+    name = re.sub(r"(zero|cross)_", r"\1-", metric.replace("_to_", "-to-")).replace("_", " ")
     name = re.sub(r"\bmrr\b", "MRR", re.sub(r"\bmap\b", "mAP", re.sub(r"\btop(?=\d)", "top-", name)))
     return name[:1].upper() + name[1:]
 

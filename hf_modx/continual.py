@@ -5,12 +5,13 @@ import gc
 import logging
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -20,16 +21,19 @@ from torch import nn
 from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
-from .callbacks import LossCallback, check_recipe, replay_of
+from .callbacks import LossCallback, check_budget, check_recipe, replay_of
+from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
 from .distributed import on_main_process
-from .embeddings import check_dual_encoder
+from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
+from .evaluation.cross_phase import CROSS_PHASE_METRICS
 from .evaluation.retrieval import RECALL_AT
 from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
+from .evaluation_notes import EvaluationNotes
 from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
@@ -43,6 +47,7 @@ from .pretrained import load_model
 from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
+from .retention_of_run import RetentionTests, retention_budget, stopped_early
 from .run_folder import (
     MEMORY,
     RECORD,
@@ -128,8 +133,10 @@ class ContinualRun:
             raise ValueError("Without a model the stream needs a base to train the small CLIP on. Give a model.")
         self.args = args
         self.folder = Path(args.output_dir)
-        self.recipe_name, self.loss_callbacks = recipe_name(recipe), build_recipe(recipe, **(recipe_args or {}))
+        self.recipe_name = recipe_name(recipe)
+        self.loss_callbacks = [*build_recipe(recipe, **(recipe_args or {})), *retention_budget(args)]
         check_recipe(self.loss_callbacks)
+        check_budget(self.loss_callbacks)
         replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
         self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
         self.stop = StopOnSignal()
@@ -138,12 +145,16 @@ class ContinualRun:
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
         self.model = self.processing_class = self.source = None
+        self._rows: list[dict[str, dict[str, float]]] = []
         if model is not None:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
         self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
         self.tests = self.stream.tests()
+        self.retention = RetentionTests(
+            self.loss_callbacks, args.retention_dataset, self._learned_at(), len(self.stream)
+        )
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
@@ -209,7 +220,9 @@ class ContinualRun:
     def metrics(self) -> list[str]:
         """The metrics of the run's tests, each of which makes a matrix."""
         of_labels = dict.fromkeys(metric for test in self.label_tests.values() for metric in test.metrics)
-        return [*(METRICS if self.tests or not of_labels else []), *of_labels]
+        across = any(name in cell for row in self._rows for cell in row.values() for name in CROSS_PHASE_METRICS)
+        across = CROSS_PHASE_METRICS if across else ()
+        return [*(METRICS if self.tests or not of_labels else []), *of_labels, *across]
 
     def matrix(self, metric: str | None = None, number: int | None = None) -> EvaluationMatrix:
         """The matrix of one metric (default: the first of `metrics`) as far as it is measured, or as it is after phase
@@ -220,7 +233,7 @@ class ContinualRun:
             [phase.name for phase in self.stream][: len(rows) - 1],
             self._test_names,
             [[row.get(test, {}).get(metric) for test in self._test_names] for row in rows],
-            [k if k is None or k < len(rows) else None for k in self._learned_at()],
+            [None if isinstance(k, int) and k >= len(rows) else k for k in self._learned_at().values()],
         )
 
     @property
@@ -237,7 +250,7 @@ class ContinualRun:
         phases = [phase.name for phase in stream]
         base = stream.base.name if stream.base is not None else None
         self._taught = {name: phase_number(test.learned_at, phases, base) for name, test in tests.items()}
-        self.disorder = DisorderOfRun(self._encode)
+        self.disorder, self.cross_phase = DisorderOfRun(self._encode), CrossPhaseOfRun(self._encode)
         self.label_tests = {name: test for name, test in tests.items() if isinstance(test, LabelTest)}
         retrieval = {
             name: test.with_columns(*self._columns) for name, test in tests.items() if isinstance(test, RetrievalTest)
@@ -346,6 +359,7 @@ class ContinualRun:
         phase = self.stream.phases[number - 1]
         starts_from = self._parent(number)
         trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
+        logit_scale = [logit_scale_of(trainer.model)]
         memory = self._memory_after(number - 1)
         if memory is not None:
             trainer.use_memory(memory)
@@ -353,15 +367,17 @@ class ContinualRun:
             trainer.add_callback(callback)
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         self._restore_state(trainer, starts_from)
+        self.retention.watch(number, self._test_tables())
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
-        if state is not None and state.global_step >= self.steps(number):
+        if state is not None and (state.global_step >= self.steps(number) or stopped_early(checkpoint)):
             # Interrupted between the last step and the publishing: `train` would do one step too many.
             trainer.finish_from(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
-        record = _training_record(trainer) | {"starts_from": starts_from}
+        logit_scale.append(logit_scale_of(trainer.model))
+        record = _training_record(trainer) | {"starts_from": starts_from, "logit_scale": logit_scale}
         if state is not None:
             record["resumed_at_step"] = state.global_step
         self._save_state(number, trainer)
@@ -520,7 +536,7 @@ class ContinualRun:
     def _evaluate_phase(self, number: int, trainer: ModXTrainer | None) -> bool:
         """Fill the row of a phase: all of it after its training, later only what a longer stream adds. Whether it is a
         new row."""
-        is_new = number == len(self._rows)
+        is_new, began = number == len(self._rows), perf_counter()
         if is_new:
             self._rows.append({})
         row = self._rows[number]
@@ -534,26 +550,34 @@ class ContinualRun:
             return is_new
         if missing and trainer is None:
             trainer = self._trainer(number, self._load_phase(number), None)
-        if trainer is not None and self.args.spatial_disorder:
-            trainer.on_encoded = partial(self.disorder.keep, number)
+        if trainer is not None:
+            trainer.on_encoded = partial(self._keep, number)
+            trainer.on_classes = partial(self.notes.keep_classes, number)
         for name, test in missing.items():
             values = trainer.evaluate(test, metric_key_prefix=name)
             row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
+        self._live = {number: trainer} if trainer is not None else {}
         if is_new and self.args.spatial_disorder:
-            self._measure_disorder(number, trainer)
-        if missing or is_new:
+            self._measure_disorder(number)
+        asked = self.args.cross_phase and self.cross_phase.complete(number, row, self._learned_at(self.tests))
+        self._live = {}
+        if missing or is_new or asked:
+            self.notes.add_seconds(number, perf_counter() - began)
             on_main_process(lambda: self._write_results(number))
         return is_new
 
-    def _measure_disorder(self, number: int, trainer: ModXTrainer | None) -> None:
-        self._live = {number: trainer} if trainer is not None else {}
+    def _keep(self, number: int, test: str, encoded: EncodedPairs) -> None:
+        for asks, measure in ((self.args.spatial_disorder, self.disorder), (self.args.cross_phase, self.cross_phase)):
+            if asks:
+                measure.keep(number, test, encoded)
+
+    def _measure_disorder(self, number: int) -> None:
         first = 0 if self.stream.base is not None else 1
         sampled = range(first, len(self.stream) + 1) if self.args.imav_samples else ()
         try:
             self._disorder[number] = self.disorder.measure(number, self.tests, sampled)
         except FileNotFoundError as error:
             logger.warning("No spatial disorder of phase %d. %s", number, error)
-        self._live = {}
 
     def _encode(self, number: int, what: str | int) -> EncodedPairs:
         """What the model after a phase says to a test, or to training pairs of a phase."""
@@ -567,8 +591,9 @@ class ContinualRun:
 
     def _read_results(self) -> None:
         results = read_json(self.folder / RESULTS)
-        self._rows: list[dict[str, dict[str, float]]] = []
+        self._rows = []
         self._disorder: dict[int, dict[str, Any] | None] = {}
+        self.notes = EvaluationNotes(results)
         if results is None:
             return
         self._disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
@@ -620,6 +645,7 @@ class ContinualRun:
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self.notes.results(number, self.label_tests),
             **self._disorder_results(number),
         }
 
@@ -627,9 +653,10 @@ class ContinualRun:
         phases = [self._disorder.get(k) for k in range(number + 1)]
         return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
 
-    def _learned_at(self) -> list[int | None]:
+    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | str | None]:
+        """The phase that teaches each of these tests, of all by default."""
         of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}
-        return [{**of_stream, **self._taught}[name] for name in self._test_names]
+        return {name: {**of_stream, **self._taught}[name] for name in tests or self._test_names}
 
     # ---- The Hub ----
 
@@ -682,4 +709,6 @@ def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
     if joules:
         record["train_energy_joules"] = joules[-1]
     record["log"] = thinned_log(history)
+    for callback in trainer.loss_callbacks:
+        record |= callback.results()
     return record

@@ -33,6 +33,7 @@ DEMO_DEFAULTS = {
     "per_device_train_batch_size": 128,
     "per_device_eval_batch_size": 128,
     "image_augmentation": "affine_color",
+    "same_pair_id": "neutral",
 }
 """Training arguments that suit the built-in stream."""
 
@@ -116,7 +117,7 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
         "seed": args.seed,
         "steps": base_max_steps,
         "learning_rate": BASE_LEARNING_RATE,
-        "batch": args.contrastive_batch_size,
+        "batch": args.train_batch_size * args.world_size,
         "image_augmentation": args.image_augmentation,
         "bf16": args.bf16,
         "fp16": args.fp16,
@@ -167,6 +168,7 @@ def _base_args(args: ModXTrainingArguments, max_steps: int, output_dir: str) -> 
         max_steps=max_steps,
         learning_rate=BASE_LEARNING_RATE,
         save_strategy="no",
+        same_pair_id="neutral",
         report_to="none",
         **{name: getattr(args, name) for name in columns + shared},
     )

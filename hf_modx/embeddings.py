@@ -46,6 +46,11 @@ def check_dual_encoder(model: nn.Module) -> None:
         )
 
 
+def logit_scale_of(dual_encoder: nn.Module) -> float:
+    """The factor on the cosines."""
+    return dual_encoder.logit_scale.detach().exp().item()
+
+
 def longest_caption(dual_encoder: nn.Module, tokenizer: Any) -> int | None:
     """Tokens that both the tokenizer and the model's position embeddings allow."""
     config = dual_encoder.config.get_text_config()

@@ -13,12 +13,12 @@ from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
+from .beside_model import LOSS_CALLBACKS_NAME
 from .distributed import on_main_process
 from .files import as_json, publish_file, publish_folder, read_json, write_json
 from .hub import CARD, CHECKPOINT, HubPublisher, Revision
 from .hub_faults import HubAccessError, HubError
 from .run_folder import RECORD, RESULTS, checkpoints_folder, finished_rows, forget_start, phase_folder, state_file
-from .trainer import LOSS_CALLBACKS_NAME
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -70,6 +70,7 @@ def load_stream(repo_id: str, *, revision: str | None = None, token: str | None 
         tuple(phase(entry) for entry in layout["phases"]),
         phase(layout["base"]) if layout["base"] is not None else None,
         {name: part(split) for name, split in layout["extra_tests"].items()},
+        tuple(layout.get("union_tests", ())),
     )
 
 
@@ -93,6 +94,7 @@ def _layout(stream: PhaseStream) -> tuple[dict[str, Any], DatasetDict]:
         "base": entry(stream.base) if stream.base is not None else None,
         "phases": [entry(phase) for phase in stream],
         "extra_tests": {name: add(name, TEST, part) for name, part in stream.extra_tests.items()},
+        "union_tests": list(stream.union_tests),
         "sources": {split: data_source(part) for split, part in splits.items()},
     }
     return layout, splits

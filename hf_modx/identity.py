@@ -47,6 +47,8 @@ HYPERPARAMETERS = [
     "text_learning_rate_factor",
     "peft",
 ]
+PAIRS = ["same_pair_id", "pairs_in_batch"]
+BEFORE_THERE_WAS_A_CHOICE = {"same_pair_id": "neutral", "pairs_in_batch": "any"}
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
 
 
@@ -66,7 +68,7 @@ def run_identity(
     return {
         "recipe": recipe,
         "recipe_args": {type(callback).__name__: _options(callback) for callback in callbacks},
-        "hyperparameters": hyperparameters(args),
+        "hyperparameters": hyperparameters(args) | _of_pairs_together(args, stream),
         "base": content_fingerprint(stream.base.train) if stream.base is not None else None,
         "phases": [
             {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}
@@ -74,6 +76,14 @@ def run_identity(
         ],
         "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in stream.tests().items()},
     }
+
+
+def _of_pairs_together(args: ModXTrainingArguments, stream: PhaseStream) -> dict[str, Any]:
+    """The settings of pairs that belong together, where some may."""
+    parts = [phase.train for phase in stream.all_phases()]
+    if not args.mask_duplicates and not any(args.pair_id_column in part.column_names for part in parts):
+        return {}
+    return {name: getattr(args, name) for name in PAIRS}
 
 
 def is_adapter(identity: Mapping[str, Any], number: int) -> bool:
@@ -89,7 +99,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():
-        old = before["hyperparameters"].get(name)
+        old = before["hyperparameters"].get(name, BEFORE_THERE_WAS_A_CHOICE.get(name))
         if old != value:
             found.append(f"{name} was {old!r} and is {value!r}")
     if len(before["phases"]) > len(now["phases"]):

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import datasets
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
 
 from .nearest import did_you_mean
 
@@ -40,7 +40,8 @@ def load_table(source: Dataset | str | os.PathLike, split: str, config: str | No
 
     Args:
         source: the table itself, a path, or a name.
-        split: of a source that has several; may be cut, as in "train[:10000]", but not of a folder of `save_to_disk`.
+        split: of a source that has several; "a+b" puts two together. May be cut, as in "train[:10000]", but not of a
+            folder of `save_to_disk`.
         config: of a data set that has several.
 
     Raises:
@@ -52,10 +53,10 @@ def load_table(source: Dataset | str | os.PathLike, split: str, config: str | No
     if (path / "dataset_info.json").exists():
         return load_from_disk(str(path))
     if (path / "dataset_dict.json").exists():
-        splits = load_from_disk(str(path))
-        if split not in splits:
-            raise ValueError(f"{source} has no split {split!r}. The splits are: {', '.join(splits)}.")
-        return splits[split]
+        splits, asked = load_from_disk(str(path)), split.split("+")
+        if missing := [name for name in asked if name not in splits]:
+            raise ValueError(f"{source} has no split {', '.join(missing)!r}. The splits are: {', '.join(splits)}.")
+        return splits[split] if len(asked) == 1 else concatenate_datasets([splits[name] for name in asked])
     if path.suffix == ".parquet":
         return load_dataset("parquet", data_files=str(path), split=split)
     return load_dataset(str(source), config, split=split)

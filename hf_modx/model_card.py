@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .adapter import has_adapter
 from .callbacks import LossCallback
+from .card_keeping import kept_rows_notes, retention_notes
 from .card_metadata import (
     as_list,
     card_metadata,
@@ -48,6 +49,7 @@ PICTURE = "plots/matrix.png"
 HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
 OF_LABELS = ("zero_shot_top1", "linear_probe_top1")
 """Metrics of tests of labels that have a matrix of their own below the first one."""
+OLD_INDEX = "cross_phase_text_to_image_recall@1"
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
 SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
@@ -168,6 +170,7 @@ def phase_card(
         headline=metric_name(headline),
         matrix=_matrix_table(results, number, headline),
         matrices_of_labels=_matrices_of_labels(results, number, headline),
+        old_index=_matrix_table(results, number, OLD_INDEX) if OLD_INDEX in results["matrix"] else "",
         picture=picture,
         summary=_summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",
@@ -176,12 +179,13 @@ def phase_card(
         lineage=_lineage(identity, results.get("model", {})),
         recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
         phases=_phases_table(identity, results, number),
+        retention=retention_notes(results, number),
         options=_options_table(recipe_args),
         hyperparameters=_settings_table(identity["hyperparameters"]),
         data=_data_table(identity, results, number),
         data_notes=_data_notes(identity, results, number),
         environment=_environment_table(record.get("environment", {})),
-        limits=_limits(results, number, headline),
+        limits=[*_limits(results, number, headline), *kept_rows_notes(identity, results, number)],
         papers=_papers(config, recipe_args, identity["hyperparameters"].get("peft") if number else None),
     )
 
@@ -318,7 +322,7 @@ def _matrix(results: Mapping[str, Any], number: int, metric: str, name=str) -> E
     """The matrix as it was after phase `number`, of the tests that have the metric; `name` changes the names of phases
     and tests."""
     rows = results["matrix"][metric][: number + 1]
-    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    learned_at = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
     phases, tests = results["phases"][:number], results["tests"]
     return EvaluationMatrix(list(map(name, phases)), list(map(name, tests)), rows, learned_at).measured()
 
@@ -459,13 +463,14 @@ def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], numbe
                     f"{100 * record[kept]['mean']:.1f} %" if kept in record else ""
                     for kept in ("image_rows_kept", "text_rows_kept")
                 ),
+                " to ".join(f"{value:.4g}" for value in record.get("logit_scale", [])),
                 _wall_time(record),
                 _energy(record),
                 escaped(record.get("weights", "")),
             ]
         )
-    header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "time"]
-    return table([*header, "energy of the GPUs", "weights after it"], rows)
+    header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "logit scale"]
+    return table([*header, "time", "energy of the GPUs", "weights after it"], rows)
 
 
 def _wall_time(record: Mapping[str, Any]) -> str:

@@ -72,6 +72,13 @@ PAPERS = {
   pages = {614--629},
   year = {2016}
 }""",
+    "Anchor": """@inproceedings{hou2019lucir,
+  title = {Learning a Unified Classifier Incrementally via Rebalancing},
+  author = {Hou, Saihui and Pan, Xinyu and Loy, Chen Change and Wang, Zilei and Lin, Dahua},
+  booktitle = {Conference on Computer Vision and Pattern Recognition},
+  pages = {831--839},
+  year = {2019}
+}""",
     "L2SP": """@inproceedings{li2018l2sp,
   title = {Explicit Inductive Bias for Transfer Learning with Convolutional Networks},
   author = {Li, Xuhong and Grandvalet, Yves and Davoine, Franck},

@@ -13,6 +13,8 @@ from .nearest import did_you_mean
 
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
+ALL = "all"
+"""In the place of the number of the phase that teaches a test: all of them together do."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class PhaseStream:
         base: what the model knew before the first phase, where that is known: its test becomes part of the matrix and
             joint training uses its pairs.
         extra_tests: tests that no phase teaches, by name.
+        union_tests: names of those among them that hold the pairs of all tests.
     """
 
     phases: tuple[Phase, ...]
     base: Phase | None = None
     extra_tests: Mapping[str, Dataset] = field(default_factory=dict)
+    union_tests: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "phases", tuple(self.phases))
@@ -76,15 +80,16 @@ class PhaseStream:
         """The base, if there is one, and the phases."""
         return [*([self.base] if self.base else []), *self.phases]
 
-    def tests(self) -> dict[str, tuple[Dataset, int | None]]:
-        """Name -> (test set, number of the phase that teaches it; 0 the base, None never)."""
-        found: dict[str, tuple[Dataset, int | None]] = {}
+    def tests(self) -> dict[str, tuple[Dataset, int | str | None]]:
+        """Name -> (test set, number of the phase that teaches it; 0 the base, `ALL` a union of tests, None never)."""
+        found: dict[str, tuple[Dataset, int | str | None]] = {}
         if self.base is not None and self.base.test is not None:
             found[self.base.name] = (self.base.test, 0)
         for number, phase in enumerate(self.phases, start=1):
             if phase.test is not None:
                 found[phase.name] = (phase.test, number)
-        found.update({name: (dataset, None) for name, dataset in self.extra_tests.items()})
+        for name, dataset in self.extra_tests.items():
+            found[name] = (dataset, ALL if name in self.union_tests else None)
         return found
 
     def map_parts(self, change) -> "PhaseStream":
@@ -101,15 +106,16 @@ class PhaseStream:
         base = changed(self.base)
         phases = tuple(changed(phase) for phase in self.phases)
         extra = {name: change(f"{name} (test)", dataset) for name, dataset in self.extra_tests.items()}
-        return PhaseStream(phases, base, extra)
+        return PhaseStream(phases, base, extra, self.union_tests)
 
     def with_union_test(self, name: str = "union") -> "PhaseStream":
-        """The same stream with one test more that no phase teaches: the pairs of all tests in one gallery, where what
-        one phase has taught can be taken for what another has."""
+        """The same stream with one test more: the pairs of all tests in one gallery, where what one phase has taught
+        can be taken for what another has. It is in the matrix and in no number of its summary."""
         tests = [dataset for dataset, _ in self.tests().values()]
         shared = [column for column in tests[0].column_names if all(column in t.column_names for t in tests)]
         union = concatenate_datasets([dataset.select_columns(shared) for dataset in tests])
-        return replace(self, extra_tests={**self.extra_tests, name: union})
+        extra = {**self.extra_tests, name: union}
+        return replace(self, extra_tests=extra, union_tests=(*self.union_tests, name))
 
     def _refuse_overlap(self) -> None:
         """The same table twice among the phases' parts, or as training part and as extra test, is a mistake in the
@@ -164,7 +170,7 @@ class PhaseStream:
         if test_splits is not None and len(test_splits) != len(phase_splits):
             raise ValueError(f"{len(phase_splits)} phase splits need as many test splits, got {len(test_splits)}.")
         if test_splits is None:
-            return cls(tuple(_hold_out(name, splits[name], test_fraction, seed) for name in phase_splits))
+            return cls(tuple(hold_out(name, splits[name], test_fraction, seed) for name in phase_splits))
         parts = zip(phase_splits, test_splits, strict=True)
         return cls(tuple(Phase(name, splits[name], splits[test]) for name, test in parts))
 
@@ -180,7 +186,7 @@ class PhaseStream:
             if name + TEST in splits:
                 phases.append(Phase(name, splits[name + TRAIN], splits[name + TEST]))
             else:
-                phases.append(_hold_out(name, splits[name + TRAIN], test_fraction, seed))
+                phases.append(hold_out(name, splits[name + TRAIN], test_fraction, seed))
         extra = {
             split.removesuffix(TEST): splits[split]
             for split in splits
@@ -211,7 +217,7 @@ class PhaseStream:
         Raises:
             ValueError: no such column, nulls in it, or a value of `order` that does not occur.
         """
-        values = _column(dataset, column)
+        values = column_values(dataset, column)
         feature = dataset.features[column]
         if isinstance(feature, ClassLabel):
             values = [feature.int2str(value) for value in values]
@@ -223,7 +229,7 @@ class PhaseStream:
         absent = [value for value in order if not rows[value]]
         if absent:
             raise ValueError(f"Column {column!r} never holds {', '.join(map(repr, absent))}: those phases are empty.")
-        return cls(tuple(_hold_out(str(v), dataset.select(rows[v]), test_fraction, seed) for v in order))
+        return cls(tuple(hold_out(str(v), dataset.select(rows[v]), test_fraction, seed) for v in order))
 
     @classmethod
     def from_time(
@@ -235,7 +241,7 @@ class PhaseStream:
         Raises:
             ValueError: no such column, nulls in it, or fewer rows than phases.
         """
-        order = np.argsort(np.array(_column(dataset, column)), kind="stable")
+        order = np.argsort(np.array(column_values(dataset, column)), kind="stable")
         return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
 
     @classmethod
@@ -301,7 +307,7 @@ class PhaseStream:
         parts = np.array_split(order, num_phases)
         return cls(
             tuple(
-                _hold_out(f"phase_{number}", dataset.select(rows), test_fraction, seed)
+                hold_out(f"phase_{number}", dataset.select(rows), test_fraction, seed)
                 for number, rows in enumerate(parts, start=1)
             )
         )
@@ -330,7 +336,8 @@ def _stored(value):
     return value
 
 
-def _column(dataset: Dataset, column: str) -> list:
+def column_values(dataset: Dataset, column: str) -> list:
+    """The values of a column; a ValueError where there is no such column, or nulls in it."""
     if column not in dataset.column_names:
         near = did_you_mean(column, dataset.column_names)
         raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
@@ -341,7 +348,7 @@ def _column(dataset: Dataset, column: str) -> list:
     return values
 
 
-def _hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:
+def hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:
     """Split a random share off as test part; a share of 0 means no test."""
     if not 0 <= test_fraction < 1:
         raise ValueError(f"test_fraction must be in [0, 1), got {test_fraction}.")

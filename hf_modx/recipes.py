@@ -8,6 +8,7 @@ from typing import Any
 from .callbacks import (
     EWC,
     L2SP,
+    Anchor,
     Classification,
     Contrastive,
     Cumulative,
@@ -152,6 +153,7 @@ RECIPES: dict[str, Recipe] = {
     "modx_plus": modx_plus,
     "kl": kl,
     "lwf": _beside_contrastive(LwF),
+    "anchor": _beside_contrastive(Anchor),
     "ewc": _beside_contrastive(EWC),
     "l2sp": _beside_contrastive(L2SP),
     "wise_ft": _beside_contrastive(WiseFT),

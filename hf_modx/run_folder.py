@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from .beside_model import LOSS_CALLBACKS_NAME
 from .files import has_whole_seal, read_json
-from .trainer import LOSS_CALLBACKS_NAME
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,8 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
         batches_held: how many global batches in a row form one contrastive batch.
         memory_rows: rows of the memory; they follow the new ones in the data set.
         memory_share: of every contrastive batch, in [0, 1), rounded; above 0 it is one row at least.
+        arrange: `arrange(rows, sizes)` puts the new rows of an epoch, which come in random order, into the order of
+            contrastive batches with so many new rows (see `Arrangement`). None: at random.
         process_index, num_processes: this process, and of how many.
 
     Yields:
@@ -47,12 +49,14 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
         batches_held: int = 1,
         memory_rows: int = 0,
         memory_share: float = 0.0,
+        arrange: Callable[[np.ndarray, list[int]], np.ndarray] | None = None,
         process_index: int = 0,
         num_processes: int = 1,
     ):
         self.num_rows = num_rows
         self.memory_rows = memory_rows
         self.memory_share = memory_share
+        self.arrange = arrange
         self.seed = seed
         self.current_epoch = current_epoch
         self.global_batch_size = batch_size * num_processes
@@ -67,7 +71,7 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.current_epoch()
-        order = self._indices(epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_rows))
+        order = self._indices(epoch, self._new_rows(epoch))
         starts = range(0, self.used_rows, self.contrastive_batch_size)
         used = 0
         for number, start in enumerate(starts, start=epoch * len(starts)):
@@ -78,6 +82,16 @@ class GlobalBatches(torch.utils.data.Sampler[list[int]]):
             batch = np.concatenate([new, replayed])
             for at in range(0, size, self.global_batch_size):
                 yield self._share(batch[at : at + self.global_batch_size])
+
+    def _new_rows(self, epoch: int) -> np.ndarray:
+        """The new rows in the order in which the batches of an epoch take them."""
+        rows = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+        if self.arrange is None:
+            return rows
+        whole, rest = divmod(self.used_rows, self.contrastive_batch_size)
+        sizes = [self.contrastive_batch_size] * whole + ([rest] if rest else [])
+        sizes = [size - self._memory_places(size) for size in sizes]
+        return self.arrange(rows[: sum(sizes)], sizes)
 
     def _replayed(self, number: int, size: int) -> np.ndarray:
         """Indices of the memory's rows in contrastive batch `number` of the phase, which holds `size` rows."""

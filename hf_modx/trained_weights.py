@@ -18,7 +18,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     their initial A is, what they do to W is. Of all else, and of adapters of other kinds, it is the trainable
     parameters themselves.
     """
-    found: dict[str, Tensor] = dict(_parameters_beside_adapters(model))
+    found: dict[str, Tensor] = dict(parameters_beside_adapters(model))
     for name, layer in adapted_layers(model).items():
         found[name] = layer.base_layer.weight.detach() + layer.get_delta_weight(layer.active_adapters[0])
     return found
@@ -43,7 +43,7 @@ def leaves_of_trained_weights(model: nn.Module) -> Iterator[dict[str, nn.Paramet
     """A context in which a backward pass leaves the gradient of each of the `trained_weights` in a parameter; gives
     these by the same names. The gradient of `W + s B A` is that of W."""
     bases = {name: layer.base_layer.weight for name, layer in adapted_layers(model).items()}
-    leaves = {**_parameters_beside_adapters(model), **bases}
+    leaves = {**parameters_beside_adapters(model), **bases}
     for base in bases.values():
         base.requires_grad_(True)
     try:
@@ -82,7 +82,7 @@ def _is_understood(layer: Any) -> bool:
     return layer.lora_B[name].bias is None and layer.lora_B[name].weight.requires_grad
 
 
-def _parameters_beside_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
+def parameters_beside_adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters that belong to none of the `adapted_layers`."""
     inside = {
         id(parameter)

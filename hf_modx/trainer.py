@@ -7,7 +7,8 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +16,27 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, concatenate_datasets
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput, rotate_checkpoints, speed_metrics
 
-from .adapter import add_adapter, has_adapter
-from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_recipe, replay_of
-from .callbacks.base import BatchGradient, ExtraEmbeddings, PhaseBoundary, pack_states, unpack_states
+from .adapter import add_adapter
+from .beside_model import (
+    LOSS_CALLBACKS_NAME,
+    read_beside_adapter,
+    read_loss_callbacks,
+    read_trained_along,
+    write_loss_callbacks,
+    write_trained_beside,
+)
+from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
+from .callbacks.base import BatchGradient, PhaseBoundary
 from .callbacks.contrastive import contrastive_loss
 from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
 from .disk import removed_on_failure
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
 from .embeddings import (
-    IMAGE_INPUTS,
-    TEXT_INPUTS,
     PairEmbeddings,
     check_dual_encoder,
     embed_pairs,
@@ -38,30 +44,37 @@ from .embeddings import (
     pair_embeddings,
 )
 from .energy import EnergyMeter
+from .engines import check_engine
 from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
-from .evaluation.suite import LabelTest
+from .evaluation.suite import LabelTest, Measured
 from .files import SEAL, seal, write_text
 from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
-from .losses import Shard
+from .learning_rates import give_own_learning_rate
+from .log_means import LogMeans
 from .model_card import trainer_card
+from .pair_groups import Arrangement, arrangement_for
+from .ready_batch import (
+    ReadyBatch,
+    first_occurrences,
+    gather_pairs,
+    given_texts,
+    own_shard,
+    tensors_of,
+    with_extra_inputs,
+)
 from .recipes import Part, build_recipe
 from .replay import Replay, StoredEmbeddings
 from .sampling import GlobalBatches
-from .teacher import ADAPTER, Teacher, teacher_of
+from .teacher import Teacher, teacher_of
 from .teacher_cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
 from .trained_along import TrainedAlong
-from .trained_weights import PREFIX, leaves_of_trained_weights, trained_weights
+from .trained_weights import leaves_of_trained_weights, trained_weights
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
-
-LOSS_CALLBACKS_NAME = "loss_callbacks.safetensors"
-TRAINED_BESIDE_NAME = "trained_beside.safetensors"
-"""In a checkpoint: what is trained and in none of the model's own files."""
-TEXT_TOWER = ("text_model.", "text_projection.")
 
 
 class ModXTrainer(Trainer):
@@ -115,8 +128,12 @@ class ModXTrainer(Trainer):
         teacher: nn.Module | None = None,
     ):
         args = args if args is not None else ModXTrainingArguments(output_dir="tmp_trainer")
-        _refuse(compute_loss_func, "compute_loss_func", "Write a LossCallback and pass it in loss_callbacks.")
-        _refuse(preprocess_logits_for_metrics, "preprocess_logits_for_metrics", "There are no logits to preprocess.")
+        if compute_loss_func is not None:
+            raise ValueError(
+                "ModXTrainer takes no compute_loss_func. Write a LossCallback and pass it in loss_callbacks."
+            )
+        if preprocess_logits_for_metrics is not None:
+            raise ValueError("ModXTrainer takes no preprocess_logits_for_metrics. There are no logits to preprocess.")
         if model is not None:
             check_dual_encoder(model)
             model = add_adapter(model, args) if args.peft is not None else model
@@ -133,7 +150,8 @@ class ModXTrainer(Trainer):
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
-        self._refuse_engines()
+        sharding = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else None
+        check_engine(args, sharding)
         self.model_accepts_loss_kwargs = False
         self.label_names = []
         self.can_return_loss = True
@@ -153,13 +171,15 @@ class ModXTrainer(Trainer):
         self._phase_has_started = False
         if train_dataset is not None:
             self._remember_phase_start()
-        self._records: dict[str, tuple[Tensor, int]] = {}
+        self._means = LogMeans()
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
         self.add_callback(self._along)
         self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
         """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""
+        self.on_classes: Callable[[str, list[float | None]], None] | None = None
+        """Called in `evaluate` with the prefix of the metrics and the accuracies by class of a `ZeroShotTest`."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
@@ -190,6 +210,7 @@ class ModXTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         check_recipe(self.loss_callbacks)
+        check_budget(self.loss_callbacks)
         if not all(callback.trains for callback in self.loss_callbacks):
             return TrainOutput(0, 0.0, {})
         if self.args.gradient_accumulation_steps > 1 and self.args.gradient_cache_chunk_size is None:
@@ -216,12 +237,14 @@ class ModXTrainer(Trainer):
         self._start_phase()
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        if rest := self._since_the_last_log():
+            self.log(rest)
         self.finish_phase()
 
     def finish_phase(self) -> None:
-        """Let the loss callbacks do what comes after the last step, first the one that decides on the weights; `train`
+        """Let the loss callbacks do what comes after the last step, first those that decide on the weights; `train`
         does it by itself."""
-        for callback in sorted(self.loss_callbacks, key=lambda callback: not callback.owns_weights):
+        for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
 
     def _start_phase(self) -> None:
@@ -243,6 +266,8 @@ class ModXTrainer(Trainer):
             args=self.args,
             autocast=self.accelerator.autocast,
             gradients=self._gradients,
+            measure=self.measure,
+            callbacks=self.loss_callbacks,
         )
 
     def _prepare_for_training(self, *args, **kwargs):
@@ -298,7 +323,7 @@ class ModXTrainer(Trainer):
     ):
         """The sum of all loss terms on the global batch, the same value on every process; with `return_outputs` also
         this process's embeddings."""
-        inputs = _tensors(inputs)
+        inputs = tensors_of(inputs)
         # Before the student: a look into the cached teacher waits for the device.
         teacher = self._teacher_embeddings(inputs)
         batch = self._ready(inputs)
@@ -355,7 +380,7 @@ class ModXTrainer(Trainer):
             if self.accelerator.sync_gradients:
                 self._along.average_gradients()
             return loss
-        self._held.append(_tensors(self._prepare_inputs(inputs)))
+        self._held.append(tensors_of(self._prepare_inputs(inputs)))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         model.train()
@@ -376,7 +401,7 @@ class ModXTrainer(Trainer):
         self._along.average_gradients()
         return loss
 
-    def _ready(self, inputs: dict[str, Tensor]) -> "_Batch":
+    def _ready(self, inputs: dict[str, Tensor]) -> ReadyBatch:
         """The batch with all that the loss needs to know of it, and with what the loss callbacks add to it."""
         counts = row_counts(inputs["input_ids"])
         context, kept = self._context(inputs, counts)
@@ -389,16 +414,16 @@ class ModXTrainer(Trainer):
             callback: (len(added.get("pixel_values", ())), len(added.get("input_ids", ())))
             for callback, added in extra.items()
         }
-        joined = _joined(inputs, extra.values(), self._pad_token_id)
-        token_embeds, rows = _given_texts(inputs, extra.values())
+        joined = with_extra_inputs(inputs, extra.values(), self._pad_token_id)
+        token_embeds, rows = given_texts(inputs, extra.values())
         if token_embeds is not None:
             joined["token_embeds_row"] = rows
-        return _Batch(joined, token_embeds, counts, kept, context, sizes)
+        return ReadyBatch(joined, token_embeds, counts, kept, context, sizes)
 
-    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: "_Batch") -> Tensor:
+    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: ReadyBatch) -> Tensor:
         """From this process's embeddings to the global loss."""
-        student = _gather(batch.pairs(local), batch.counts, batch.kept)
-        teacher = None if local_teacher is None else _gather(local_teacher, batch.counts, batch.kept)
+        student = gather_pairs(batch.pairs(local), batch.counts, batch.kept)
+        teacher = None if local_teacher is None else gather_pairs(local_teacher, batch.counts, batch.kept)
         extra = batch.gather_extra(local)
         context = batch.context
         terms: dict[str, Tensor] = {}
@@ -414,10 +439,11 @@ class ModXTrainer(Trainer):
                 terms[name] = term
         if clash := terms.keys() & context.metrics.keys():
             raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
-        self._record({**terms, **context.metrics})
+        loss = torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        self._means.add({"loss": loss, **terms, **context.metrics})
         found = replace(student, image=student.image.detach(), text=student.text.detach())
         self._computed = {name: term.detach() for name, term in terms.items()}, found, context.row_ids
-        return torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
+        return loss
 
     def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings | None:
         """The old model's embeddings of this process's batch, in chunks where the student has chunks."""
@@ -451,6 +477,7 @@ class ModXTrainer(Trainer):
             batches_held=self.args.batches_held,
             memory_rows=len(dataset) - len(self.train_dataset),
             memory_share=self._replay.batch_share if self._replay is not None else 0.0,
+            arrange=self._arrangement(),
             process_index=process_index(),
             num_processes=world_size(),
         )
@@ -484,7 +511,7 @@ class ModXTrainer(Trainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created and self.args.learning_rate_of_text is not None:
-            _give_own_learning_rate(optimizer, self.model, self.args.learning_rate_of_text)
+            give_own_learning_rate(optimizer, self.model, self.args.learning_rate_of_text)
         if created:
             self._along.join(optimizer, self.args.weight_decay)
         if not self._along.are_in(optimizer):
@@ -503,15 +530,24 @@ class ModXTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and (share := self.data_wait.share()) is not None:
             logs["data_wait"] = share
-        if self._records and ("loss" in logs or "train_loss" in logs):
-            logs.update({name: (total / count).item() for name, (total, count) in self._records.items()})
-            logs["logit_scale"] = self._dual_encoder.logit_scale.detach().exp().item()
-            if getattr(self._dual_encoder, "logit_bias", None) is not None:
-                logs["logit_bias"] = self._dual_encoder.logit_bias.item()
-            self._records = {}
+        if "loss" in logs:
+            logs.update(self._since_the_last_log(with_loss=True))
+        elif "train_loss" in logs:
+            logs.update(self._since_the_last_log())
         if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
             logs["train_energy_joules"] = joules
         super().log(logs, start_time)
+
+    def _since_the_last_log(self, with_loss: bool = False) -> dict[str, float]:
+        """Means over the steps. The stock one of the loss leaves out the steps before an interruption."""
+        means = self._means.take()
+        if not means:
+            return {}
+        model = self._dual_encoder
+        means["logit_scale"] = model.logit_scale.detach().exp().item()
+        if getattr(model, "logit_bias", None) is not None:
+            means["logit_bias"] = model.logit_bias.item()
+        return {name: mean for name, mean in means.items() if with_loss or name != "loss"}
 
     # ---- Evaluation ----
 
@@ -535,18 +571,34 @@ class ModXTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("Evaluation requires an eval_dataset.")
         start = time.time()
-        if isinstance(eval_dataset, LabelTest):
-            values = self._measure(eval_dataset)
-        else:
-            encoded = self.encode(eval_dataset)
-            if self.on_encoded is not None:
-                self.on_encoded(metric_key_prefix, encoded)
-            values = self._metrics(encoded)
+        values = self.measure(
+            eval_dataset,
+            partial(self.on_encoded, metric_key_prefix) if self.on_encoded else None,
+            partial(self.on_classes, metric_key_prefix) if self.on_classes else None,
+        )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(eval_dataset)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def measure(
+        self,
+        test: Dataset | LabelTest,
+        on_encoded: Callable[[EncodedPairs], None] | None = None,
+        on_classes: Callable[[list[float | None]], None] | None = None,
+    ) -> dict[str, float]:
+        """The metrics of `evaluate` without prefix and log; `on_encoded` gets the embeddings of pairs, `on_classes`
+        what is reached in each class."""
+        if isinstance(test, LabelTest):
+            measured = self._measure(test)
+            if on_classes is not None and measured.per_class is not None:
+                on_classes(measured.per_class)
+            return measured.metrics
+        encoded = self.encode(test)
+        if on_encoded is not None:
+            on_encoded(encoded)
+        return self._metrics(encoded)
 
     def encode(self, dataset: Dataset) -> EncodedPairs:
         """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""
@@ -564,7 +616,7 @@ class ModXTrainer(Trainer):
         self.model.train(was_training)
         return encoded
 
-    def _measure(self, test: LabelTest) -> dict[str, float]:
+    def _measure(self, test: LabelTest) -> Measured:
         was_training = self.model.training
         self.model.eval()
         args = self.args
@@ -572,9 +624,9 @@ class ModXTrainer(Trainer):
             self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
         )
         with self.accelerator.autocast():
-            values = test.measure(encoder)
+            measured = test.measured(encoder)
         self.model.train(was_training)
-        return values
+        return measured
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
@@ -583,7 +635,7 @@ class ModXTrainer(Trainer):
         first = encoded.first_captions()
         with torch.no_grad():
             pairs = pair_embeddings(self._dual_encoder, encoded.image, encoded.text[first])
-            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids).item()
+            metrics["loss"] = contrastive_loss(pairs, pair_ids=encoded.image_ids, positives=self._positives).item()
         if self.compute_metrics is not None:
             metrics.update(self.compute_metrics(encoded.as_predictions()))
         return metrics
@@ -616,9 +668,8 @@ class ModXTrainer(Trainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SEAL).unlink(missing_ok=True)
             self.save_loss_callbacks(folder / LOSS_CALLBACKS_NAME)
-            if beside := {**self._beside_adapter(), **self._along.state_dict()}:
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in beside.items()}
-                save_file(tensors, folder / TRAINED_BESIDE_NAME)
+            write_trained_beside(self._dual_encoder, self._along, folder)
+            self._means.write(folder)
         with self._keeping_all_checkpoints():
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random state
@@ -637,38 +688,21 @@ class ModXTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
-        beside = self._load_beside_adapter(resume_from_checkpoint)
-        _refuse_missing(self._along.state_dict(), beside, resume_from_checkpoint)
-        self._along.load_state_dict(beside)
+        read_beside_adapter(self._dual_encoder, resume_from_checkpoint)
+        read_trained_along(self._along, resume_from_checkpoint)
+        self._means.read(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_beside_adapter(self.state.best_model_checkpoint)
-
-    def _beside_adapter(self) -> dict[str, Tensor]:
-        """What is trained beside an adapter: of a PEFT model the Trainer's checkpoints hold the adapter alone."""
-        if not has_adapter(self._dual_encoder):
-            return {}
-        parameters = self._dual_encoder.named_parameters()
-        return {name: weight for name, weight in parameters if weight.requires_grad and ADAPTER not in name}
-
-    @torch.no_grad()
-    def _load_beside_adapter(self, checkpoint: str) -> dict[str, Tensor]:
-        """Take it back; gives all that the checkpoint holds of what no file of the model does."""
-        path = os.path.join(checkpoint, TRAINED_BESIDE_NAME)
-        found = load_file(path) if os.path.exists(path) else {}
-        _refuse_missing(self._beside_adapter(), found, checkpoint)
-        for name, weight in self._beside_adapter().items():
-            weight.copy_(found[name])
-        return found
+        read_beside_adapter(self._dual_encoder, self.state.best_model_checkpoint)
 
     def save_loss_callbacks(self, path: str | os.PathLike) -> None:
         """Write the states of the loss callbacks to a safetensors file."""
-        save_file(pack_states(self.loss_callbacks), path)
+        write_loss_callbacks(self.loss_callbacks, path)
 
     def load_loss_callbacks(self, path: str | os.PathLike) -> None:
         """Give the loss callbacks their states back; where there is no such file, they become as new."""
-        unpack_states(self.loss_callbacks, load_file(path) if os.path.exists(path) else {})
+        read_loss_callbacks(self.loss_callbacks, path)
 
     # ---- The Hub: a Trainer used alone pushes as the stock one does, with the card of this library ----
 
@@ -725,6 +759,13 @@ class ModXTrainer(Trainer):
         return self.args.data_seed if self.args.data_seed is not None else self.args.seed
 
     @property
+    def _positives(self) -> bool:
+        return self.args.same_pair_id == "positive"
+
+    def _arrangement(self) -> Arrangement | None:
+        return arrangement_for(self.args, self.train_dataset, has_columns=self._uses_columns)
+
+    @property
     def _needs_teacher(self) -> bool:
         return any(callback.needs_teacher for callback in self.loss_callbacks)
 
@@ -758,7 +799,7 @@ class ModXTrainer(Trainer):
         # Only a batch that is not full can hold filled-in rows; looking for them costs a synchronisation.
         kept = None
         if world_size() > 1 and not self.args.dataloader_drop_last:
-            kept = _first_occurrences(row_ids)
+            kept = first_occurrences(row_ids)
         if kept is not None:
             row_ids, pair_ids = row_ids[kept], pair_ids[kept]
             ids = {name: values[kept] for name, values in ids.items()}
@@ -772,7 +813,8 @@ class ModXTrainer(Trainer):
             step=self.state.global_step,
             epoch=self.state.epoch or 0.0,
             phase_start=self._phase_start,
-            shard=_shard(counts) if world_size() > 1 and kept is None else None,
+            shard=own_shard(counts) if world_size() > 1 and kept is None else None,
+            positives=self._positives,
             stored=stored,
         )
         return context, kept
@@ -823,7 +865,7 @@ class ModXTrainer(Trainer):
             return replace(found, image=found.image.float(), text=found.text.float())
 
         def loss_of(image: Tensor, text: Tensor) -> Tensor:
-            return loss(_gather(pair_embeddings(model, image, text), counts, kept), context)
+            return loss(gather_pairs(pair_embeddings(model, image, text), counts, kept), context)
 
         size = self.args.gradient_cache_chunk_size
         if size is None:
@@ -837,7 +879,7 @@ class ModXTrainer(Trainer):
         """The batches of one epoch, as those of one optimizer step are held together with the gradient cache."""
         batches = iter(self.get_train_dataloader())
         while held := list(itertools.islice(batches, self.args.batches_held)):
-            yield join_batches([_tensors(self._prepare_inputs(batch)) for batch in held], self._pad_token_id)
+            yield join_batches([tensors_of(self._prepare_inputs(batch)) for batch in held], self._pad_token_id)
 
     @property
     def _gradient_scale(self) -> float:
@@ -848,11 +890,6 @@ class ModXTrainer(Trainer):
     def _pad_token_id(self) -> int:
         tokenizer = getattr(self.processing_class, "tokenizer", None)
         return 0 if tokenizer is None else tokenizer.pad_token_id
-
-    def _record(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            total, count = self._records.get(name, (torch.zeros((), device=value.device), 0))
-            self._records[name] = (total + value.detach(), count + 1)
 
     def _training_pairs(self) -> PairDataset:
         """The new pairs, and after them those of the memory."""
@@ -877,33 +914,6 @@ class ModXTrainer(Trainer):
             mask_duplicates=mask_duplicates,
         )
 
-    def _refuse_engines(self) -> None:
-        """What would be wrong without saying so, or has never been run."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            engine = "FSDP" if self.is_fsdp_enabled else "DeepSpeed"
-            raise ValueError(
-                f"ModXTrainer does not run under {engine}. Use plain data-parallel processes; "
-                "gradient_cache_chunk_size, activation checkpointing, bf16 and LoRA save memory."
-            )
-        if self.args.parallelism_config is not None:
-            raise ValueError("ModXTrainer runs with plain data-parallel processes. Leave out parallelism_config.")
-        if self.args.gradient_cache_chunk_size is not None:
-            self._refuse_with_gradient_cache()
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"One process would share {self.args.n_gpu} GPUs among replicas that do not see each other's pairs. "
-                "Start one process for each GPU with accelerate launch, or set CUDA_VISIBLE_DEVICES to one."
-            )
-
-    def _refuse_with_gradient_cache(self) -> None:
-        optimizer = str(getattr(self.args.optim, "value", self.args.optim))
-        if "layerwise" in optimizer or "lomo" in optimizer:
-            raise ValueError(
-                f"optim={optimizer!r} steps in the backward pass, which gradient_cache_chunk_size repeats."
-            )
-        if getattr(self.args, "ddp_static_graph", False):
-            raise ValueError("ddp_static_graph does not go with gradient_cache_chunk_size: leave one of them out.")
-
     def _check_data(self) -> None:
         """All that can be told of the data without decoding them, before hours are spent."""
         if self._uses_columns:
@@ -913,6 +923,7 @@ class ModXTrainer(Trainer):
                     self._pairs(dataset)
         if self.train_dataset is None:
             return
+        self._arrangement()
         pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
         if pairs < 2:
             raise ValueError(
@@ -938,128 +949,3 @@ class ModXTrainer(Trainer):
         ):
             if frozen:
                 getattr(model, tower).requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """This process's batch, ready for the forward pass.
-
-    Attributes:
-        inputs: the batch, with the extra images and texts below its own.
-        token_embeds: the extra texts that are given as token embeddings; None: there are none.
-        counts: pairs of every process.
-        kept: which of the gathered pairs belong to the global batch; None: all.
-        context: of the global batch.
-        extra: how many images and texts each callback has added.
-    """
-
-    inputs: dict[str, Tensor]
-    token_embeds: Tensor | None
-    counts: list[int]
-    kept: Tensor | None
-    context: LossContext
-    extra: dict[LossCallback, tuple[int, int]]
-
-    def pairs(self, local: PairEmbeddings) -> PairEmbeddings:
-        """The embeddings without those of the extra inputs."""
-        rows = len(self.context.batch["input_ids"])
-        return replace(local, image=local.image[:rows], text=local.text[:rows])
-
-    def gather_extra(self, local: PairEmbeddings) -> dict[LossCallback, ExtraEmbeddings]:
-        """The embeddings of the extra inputs, from all processes with gradient."""
-        found = {}
-        image_at = text_at = len(self.context.batch["input_ids"])
-        for callback, (images, texts) in self.extra.items():
-            image, text = local.image[image_at : image_at + images], local.text[text_at : text_at + texts]
-            found[callback] = ExtraEmbeddings(_gather_some(image), _gather_some(text))
-            image_at, text_at = image_at + images, text_at + texts
-        return found
-
-
-def _joined(inputs: dict[str, Tensor], extra: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """The batch with the extra images below its images and the extra texts below its texts."""
-    joined = dict(inputs)
-    for names in (IMAGE_INPUTS, TEXT_INPUTS):
-        own = [name for name in names if name in inputs]
-        parts = [{name: part[name] for name in own} for part in (inputs, *extra) if own[0] in part]
-        joined.update(join_batches(parts, pad_token_id))
-    return joined
-
-
-def _given_texts(inputs: Mapping[str, Tensor], extra: Sequence[Mapping[str, Tensor]]) -> tuple[Tensor | None, Tensor]:
-    """The extra texts that are given as token embeddings, and for each text of the joined batch which of them it is,
-    or -1."""
-    given = [part["token_embeds"] for part in extra if "token_embeds" in part]
-    rows = [torch.full((len(inputs["input_ids"]),), -1)]
-    before = 0
-    for part in extra:
-        texts = len(part.get("input_ids", ()))
-        rows.append(torch.arange(before, before + texts) if "token_embeds" in part else torch.full((texts,), -1))
-        before += texts if "token_embeds" in part else 0
-    width = max((part.shape[1] for part in given), default=0)
-    padded = [nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in given]
-    return torch.cat(padded) if padded else None, torch.cat(rows).to(inputs["input_ids"].device)
-
-
-def _gather_some(rows: Tensor) -> Tensor:
-    """`all_gather_rows` of what may be nothing everywhere."""
-    counts = row_counts(rows)
-    return all_gather_rows(rows, counts) if any(counts) else rows
-
-
-def _gather(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> PairEmbeddings:
-    """The embeddings of the global batch, in one exchange."""
-    width = local.image.shape[1]
-    both = all_gather_rows(torch.cat([local.image, local.text], dim=1), counts)
-    if kept is not None:
-        both = both[kept]
-    return replace(local, image=both[:, :width], text=both[:, width:])
-
-
-def _tensors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A batch without what a collator may add for the model's own loss, as `return_loss`."""
-    return {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-
-
-def _shard(counts: list[int]) -> Shard:
-    """The rows of the global batch that came from this process."""
-    start = sum(counts[: process_index()])
-    return Shard(start, start + counts[process_index()], len(counts), gather_stacked)
-
-
-def _first_occurrences(row_ids: Tensor) -> Tensor | None:
-    """Positions of the rows without those that give a process something to do in a batch too small for all; None where
-    there are no such rows."""
-    ordered, places = row_ids.sort(stable=True)
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
-    return None if first.all() else places[first].sort().values
-
-
-def _refuse(value: Any, name: str, remedy: str) -> None:
-    if value is not None:
-        raise ValueError(f"ModXTrainer takes no {name}. {remedy}")
-
-
-def _refuse_missing(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], checkpoint: str) -> None:
-    if missing := sorted(wanted.keys() - found.keys()):
-        raise ValueError(
-            f"{checkpoint} does not hold {', '.join(missing)}, which is trained: it is of another recipe or of an "
-            "earlier version. Start the phase anew, without this checkpoint."
-        )
-
-
-def _give_own_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
-    """Move the text tower and its projection out of the optimizer's groups into groups with another learning rate."""
-    chosen = {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if name.removeprefix(PREFIX).startswith(TEXT_TOWER)
-    }
-    if not chosen:
-        raise ValueError(f"{type(model).__name__} has no parameters named {' or '.join(TEXT_TOWER)}...")
-    for group in list(optimizer.param_groups):
-        moved = [parameter for parameter in group["params"] if id(parameter) in chosen]
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": rate})

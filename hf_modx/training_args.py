@@ -26,15 +26,31 @@ class ModXTrainingArguments(TrainingArguments):
     pair_id_column: str = field(
         default="pair_id",
         metadata={
-            "help": "Integer column, used where the data has it: rows of one id (the same product or concept) are no "
-            "negatives of each other, in the loss, in screening and in the tests."
+            "help": "Integer column, used where the data has it: rows of one id (the same product or concept) belong "
+            "together, in the loss, in screening and in the tests."
+        },
+    )
+    same_pair_id: str = field(
+        default="positive",
+        metadata={
+            "help": "What two rows that belong together are to each other in the loss: 'positive': each is a right "
+            "answer, and the target is shared out equally; 'neutral': neither right nor wrong, they are left out.",
+            "choices": ["positive", "neutral"],
+        },
+    )
+    pairs_in_batch: str = field(
+        default="any",
+        metadata={
+            "help": "New rows that belong together: 'apart' in different batches, 'together' in one, as far as sizes "
+            "permit, or 'any' where chance puts them. Replayed rows are drawn at random always.",
+            "choices": ["any", "apart", "together"],
         },
     )
     mask_duplicates: bool = field(
         default=False,
         metadata={
-            "help": "Pairs that drew the same caption are no negatives of each other, on whatever process they are, "
-            "as pairs of one pair_id are."
+            "help": "Pairs that drew the same caption belong together as pairs of one pair_id do, on whatever process "
+            "they are: no negatives of each other, and what same_pair_id says."
         },
     )
     gradient_cache_chunk_size: int | None = field(
@@ -146,6 +162,46 @@ class ModXTrainingArguments(TrainingArguments):
             "angle between image and caption has changed."
         },
     )
+    cross_phase: bool = field(
+        default=False,
+        metadata={
+            "help": "ContinualRun also measures retrieval across phases: each test's images and captions stay indexed "
+            "by the model that has just learned it, and later models ask that index."
+        },
+    )
+    max_forgetting: float | None = field(
+        default=None,
+        metadata={
+            "help": "The retention budget of ContinualRun: the mean score on the old tests after a phase is at least "
+            "(1 - this) times what it was before it. 0.1: at most a tenth is forgotten, in every phase."
+        },
+    )
+    on_forgetting: str = field(
+        default="interpolate",
+        metadata={
+            "help": "How a phase keeps the budget: 'stop' ends it where it is broken, 'restore' goes back to the "
+            "newest weights within it, 'interpolate' moves the weights towards those before the phase, to its edge.",
+            "choices": ["stop", "restore", "interpolate"],
+        },
+    )
+    retention_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "With max_forgetting: the tests it is about, comma-separated; in examples/continual_clip.py also "
+            "data sets, with a split named test. Default: in each phase the tests of what was learned before it."
+        },
+    )
+    retention_steps: float = field(
+        default=0.1,
+        metadata={"help": "With max_forgetting: steps between two looks at the old tests, below 1 a share of all."},
+    )
+    retention_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "With max_forgetting: the score, for instance image_to_text_mrr. Default: "
+            "image_to_text_recall@1, and the first metric of tests of labels."
+        },
+    )
     resume_from_hub: bool = field(
         default=False,
         metadata={
@@ -185,8 +241,14 @@ class ModXTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.bad_samples not in ("error", "skip"):
             raise ValueError(f"bad_samples must be 'error' or 'skip', got {self.bad_samples!r}.")
+        if self.same_pair_id not in ("positive", "neutral"):
+            raise ValueError(f"same_pair_id must be 'positive' or 'neutral', got {self.same_pair_id!r}.")
+        if self.pairs_in_batch not in ("any", "apart", "together"):
+            raise ValueError(f"pairs_in_batch must be 'any', 'apart' or 'together', got {self.pairs_in_batch!r}.")
         if self.imav_samples < 0 or (self.imav_samples and not self.spatial_disorder):
             raise ValueError(f"imav_samples must be at least 0 and needs spatial_disorder, got {self.imav_samples}.")
+        if self.retention_dataset is not None and self.max_forgetting is None:
+            raise ValueError("retention_dataset needs a budget: give max_forgetting.")
         if self.hub_private_repo is None:
             self.hub_private_repo = True
         for name in ("resume_from_hub", "hub_collection"):

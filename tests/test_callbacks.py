@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_modx import Contrastive, LossCallback, LossContext, ModX, ModXTrainer, ModXTrainingArguments, PairEmbeddings
-from hf_modx.callbacks import EWC, L2SP, Cumulative, FixedLogitScale, Frozen, LwF, WeightEnsemble, WiseFT
+from hf_modx.callbacks import EWC, L2SP, Anchor, Cumulative, FixedLogitScale, Frozen, LwF, WeightEnsemble, WiseFT
 from hf_modx.distributed import process_index, world_size
 from hf_modx.losses import info_nce
 
@@ -489,7 +489,7 @@ def run_on_processes(folder, batch_size, chunk):
         disable_tqdm=True,
         use_cpu=True,
     )
-    callbacks = [Contrastive(), EWC(batches=3), WeightEnsemble(2), LwF(), SharedExtra(processor, 3, 2)]
+    callbacks = [Contrastive(), EWC(batches=3), WeightEnsemble(2), LwF(), Anchor(), SharedExtra(processor, 3, 2)]
     for seed in (0, 1):  # two phases: in the second one EWC has something to hold to
         args.data_seed = seed
         trainer = train(model, args, processor, tiny_pairs(48), callbacks)

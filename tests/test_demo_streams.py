@@ -84,4 +84,4 @@ def test_union_test_has_the_pairs_of_all_tests():
     tests = PhaseStream.from_splits(splits).with_union_test().tests()
     union, learned_at = tests["union"]
     assert union["caption"] == [*splits["a_test"]["caption"], *splits["b_test"]["caption"]]
-    assert learned_at is None and list(tests) == ["a", "b", "union"]
+    assert learned_at == "all" and list(tests) == ["a", "b", "union"]

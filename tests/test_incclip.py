@@ -583,7 +583,7 @@ def test_no_matrix_gets_longer_than_it_was(tmp_path, processor):
 
 def boundary(model):
     """The start of a phase, for a callback that looks at the model alone."""
-    return PhaseBoundary(model, {}, None, None, None, None, nullcontext, None)
+    return PhaseBoundary(model, {}, None, None, None, None, nullcontext, None, None, [])
 
 
 def test_clipping_keeps_directions_and_leaves_short_matrices_alone(processor):

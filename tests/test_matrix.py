@@ -128,6 +128,16 @@ def test_zero_shot_retention_is_the_mean_over_base_and_never_taught_tests():
     assert_summary(matrix, zero_shot_retention=(0.6 / 0.9 + 0.2 / 0.4) / 2)
 
 
+def test_union_of_tests_is_in_no_number():
+    alone = EvaluationMatrix(
+        ["a", "b"], ["base", "a", "b"], [[0.5, 0.1, 0], [0.4, 0.8, 0.1], [0.2, 0.6, 0.9]], [0, 1, 2]
+    )
+    values = [[*row, union] for row, union in zip(alone.to_lists(), (0.1, 0.2, 0.9), strict=True)]
+    with_union = EvaluationMatrix(["a", "b"], [*alone.tests, "union"], values, [*alone.learned_at, "all"])
+    assert with_union.summary() == alone.summary()
+    assert EvaluationMatrix.from_json(with_union.to_json()).learned_at == [0, 1, 2, "all"]
+
+
 def test_zero_shot_retention_leaves_out_what_started_at_zero():
     values = [[0.0, 0.4], [0.1, 0.3]]
     matrix = EvaluationMatrix(["a"], ["t", "u"], values, learned_at=[None, None])
@@ -209,7 +219,7 @@ def test_learned_at_of_another_length_is_refused():
         EvaluationMatrix(PHASES, PHASES, VALUES, learned_at=[1, 2])
 
 
-@pytest.mark.parametrize("phase", [-1, 4])
+@pytest.mark.parametrize("phase", [-1, 4, "b"])
 def test_learned_at_of_a_phase_that_does_not_exist_is_refused(phase):
     with pytest.raises(ValueError, match="'b'"):
         EvaluationMatrix(PHASES, PHASES, VALUES, learned_at=[1, phase, 3])

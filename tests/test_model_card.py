@@ -45,6 +45,7 @@ CITED = {
     "modx_plus": ["ni2023modx", "chaudhry2019er"],
     "kl": ["ni2023modx"],
     "lwf": ["li2016lwf"],
+    "anchor": ["hou2019lucir"],
     "ewc": ["kirkpatrick2017ewc"],
     "l2sp": ["li2018l2sp"],
     "wise_ft": ["wortsman2022robust"],

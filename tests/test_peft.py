@@ -14,7 +14,7 @@ from transformers import AutoModel, CLIPModel, TrainerCallback
 
 from hf_modx import ContinualRun, ModXTrainer, ModXTrainingArguments, PhaseStream
 from hf_modx.adapter import add_adapter, has_adapter, merged
-from hf_modx.callbacks import EWC, Contrastive, WeightEnsemble, WiseFT
+from hf_modx.callbacks import EWC, Contrastive, ReferenceDistillation, WeightEnsemble, WiseFT
 from hf_modx.identity import changes
 from hf_modx.merging import merge_models
 from hf_modx.model_card import phase_card, write_card_of_run
@@ -170,6 +170,17 @@ def test_adapter_of_a_phase_is_read_as_any_model_is_from_wherever(finished, monk
     first, second = (str(continual.phase_folder(number)) for number in (0, 2))
     merge_models(first, second, 1.0, tmp_path / "merged")
     assert same(load_file(tmp_path / "merged" / "model.safetensors"), model.state_dict())
+
+
+def test_adapter_of_a_phase_may_be_the_teacher_of_references(finished, model, make_args, processor, pairs, tmp_path):
+    continual = finished(merge=False)
+    teacher = ReferenceDistillation(images=pairs, teacher=str(continual.phase_folder(2)))
+    train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), teacher])
+    continual._load_phase(2).save_pretrained(tmp_path / "merged")
+    processor.save_pretrained(tmp_path / "merged")
+    plain = ReferenceDistillation(images=pairs, teacher=str(tmp_path / "merged"))
+    train(tiny_clip(processor), make_args(max_steps=1), processor, pairs, [Contrastive(), plain])
+    assert same(teacher.state_dict(), plain.state_dict())
 
 
 def test_kept_adapters_and_merged_ones_leave_the_same_models(finished):

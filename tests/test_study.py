@@ -59,6 +59,13 @@ def test_figures_cards_and_measures_are_written(folder):
     assert (out / "measures.csv").read_text().count("instance,finetune,0,finished") == len(tables.METRICS)
 
 
+def test_union_is_in_no_number_of_the_summary(folder):
+    results = json.loads((folder / "out" / "instance" / "finetune-seed0" / "results.json").read_text())
+    assert results["tests"][-1] == "union" and results["learned_at"][-1] == "all"
+    *own, _ = results["matrix"][tables.METRIC][-1]
+    assert results["summary"][tables.METRIC]["last"] == pytest.approx(sum(own) / len(own))
+
+
 def test_finished_runs_are_not_done_again_and_failed_ones_are(folder, command, monkeypatch):
     begun = []
     monkeypatch.setattr(continual_clip, "main", lambda argv: begun.append(argv[argv.index("--output_dir") + 1]))

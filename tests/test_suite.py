@@ -86,6 +86,14 @@ def test_mean_per_class_weighs_every_class_that_occurs_alike():
     assert shares[:2].tolist() == pytest.approx([2 / 3, 1]) and shares[2].isnan()
 
 
+def test_accuracy_of_each_class_stands_beside_the_metrics(encoder, model, processor):
+    table = labelled().filter(lambda row: row["label"] != 2)
+    measured = ZeroShotTest(table, templates=TEMPLATES[:1]).measured(encoder)
+    right = straightforward_top(model, processor, table, SHAPES, TEMPLATES[:1], 1).double().view(5, 8).mean(dim=1)
+    assert measured.per_class[2] is None
+    assert [share for share in measured.per_class if share is not None] == pytest.approx(right.tolist())
+
+
 def test_classes_of_the_same_text_are_never_told_apart():
     classes = torch.eye(3)[[0, 0, 1]]
     metrics = zero_shot_metrics(torch.eye(3)[[0, 0, 1]], classes, torch.tensor([0, 1, 2]))
@@ -361,6 +369,22 @@ def test_median_ranks_stand_beside_the_matrix(finished):
     assert not set(results["ranks"]) & (set(results["matrix"]) | set(results["summary"]))
 
 
+def test_accuracies_by_class_are_in_the_results(finished):
+    _, results = finished
+    assert set(results["per_class"]) == {"shapes"}
+    found = results["per_class"]["shapes"]
+    assert found["classes"] == list(SHAPES) and len(found["zero_shot_top1"]) == 3
+    for row, accuracies in zip(results["matrix"]["zero_shot_mean_per_class"], found["zero_shot_top1"], strict=True):
+        known = [accuracy for accuracy in accuracies if accuracy is not None]
+        assert row[3] == pytest.approx(sum(known) / len(known), abs=1e-4)
+
+
+def test_seconds_of_training_and_evaluation_are_in_the_results(finished):
+    _, results = finished
+    assert len(results["evaluation_seconds"]) == 3 and all(seconds > 0 for seconds in results["evaluation_seconds"])
+    assert all(record["train_runtime"] > 0 for record in results["training"])
+
+
 def test_card_shows_every_kind_of_test(finished):
     run, results = finished
     card = (run.phase_folder(2) / "README.md").read_text()
@@ -402,6 +426,10 @@ def test_finished_run_measures_a_further_test_in_every_row(finished, copied_args
     rows, old_rows = results["matrix"]["zero_shot_top1"], before["matrix"]["zero_shot_top1"]
     assert [row[-1] is not None for row in rows] == [True] * 3
     assert [row[:-1] for row in rows] == old_rows
+    assert results["per_class"]["shapes"] == before["per_class"]["shapes"]
+    assert [len(found["zero_shot_top1"]) for found in results["per_class"].values()] == [3, 3]
+    times = zip(results["evaluation_seconds"], before["evaluation_seconds"], strict=True)
+    assert all(longer > shorter for longer, shorter in times)
 
 
 def test_other_prompts_under_the_name_of_a_test_are_another_run(copied_args):

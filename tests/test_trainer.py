@@ -545,15 +545,13 @@ def test_masking_of_duplicates_needs_ids_of_an_own_collator(model, make_args, pr
 
 def test_equal_captions_of_different_ids_are_no_negatives_when_asked(model, make_args, processor, pairs):
     same = pairs.map(lambda row: {"caption": ["a red bar"]})
-    losses = {
-        masked: logged(
-            train(copy.deepcopy(model), make_args(max_steps=1, mask_duplicates=masked), processor, same, "finetune"),
-            "contrastive",
-        )[0]
-        for masked in (False, True)
-    }
-    assert losses[True] == pytest.approx(0, abs=1e-5)
-    assert losses[False] > 1
+
+    def loss(masked):
+        args = make_args(max_steps=1, mask_duplicates=masked, same_pair_id="neutral")
+        return logged(train(copy.deepcopy(model), args, processor, same, "finetune"), "contrastive")[0]
+
+    assert loss(masked=True) == pytest.approx(0, abs=1e-5)
+    assert loss(masked=False) > 1
 
 
 def test_data_set_cannot_be_swapped_under_a_cached_teacher(model, make_args, processor, pairs):

@@ -132,7 +132,7 @@ def measures(results: Mapping[str, Any], metric: str) -> dict[str, float]:
     """The numbers of `DEFINITIONS` for one run, as fractions; `reached` is every test right after what teaches it, the
     base included."""
     matrix, last = results["matrix"][metric], len(results["phases"])
-    taught = [(test, phase) for test, phase in enumerate(results["learned_at"]) if phase is not None]
+    taught = [(test, phase) for test, phase in enumerate(results["learned_at"]) if isinstance(phase, int)]
     old = [(test, phase) for test, phase in taught if phase < last]
     found = {
         "plasticity": mean(matrix[phase][test] for test, phase in taught if phase > 0),
@@ -320,7 +320,7 @@ def by_test(recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
     def cell(runs: Mapping[int, Cell], row: int, test: int) -> str:
         return plus_minus(spread({s: run.results["matrix"][METRIC][row][test] for s, run in runs.items()}))
 
-    places = [(f"{tests[i]}, learned", k, i) for i, k in enumerate(learned_at) if k is not None]
+    places = [(f"{tests[i]}, learned", k, i) for i, k in enumerate(learned_at) if isinstance(k, int)]
     places += [(f"{test}, end", last, i) for i, test in enumerate(tests)]
     rows = [[name, *(cell(runs, row, test) for _, row, test in places)] for name, runs in recipes.items()]
     return table(["recipe", *(title for title, _, _ in places)], rows)

@@ -1,6 +1,7 @@
 """Loss callbacks: what a recipe is made of."""
 
-from .base import BatchGradient, ExtraEmbeddings, LossCallback, LossContext, PhaseBoundary, check_recipe
+from .anchor import Anchor
+from .base import BatchGradient, ExtraEmbeddings, LossCallback, LossContext, PhaseBoundary, check_budget, check_recipe
 from .classification import Classification, class_pairs
 from .contrastive import Contrastive, Cumulative, Joint
 from .dark_replay import DarkExperienceReplay
@@ -16,6 +17,7 @@ from .modx import ModX
 from .projected_distillation import ProjectedDistillation
 from .reference_distillation import ReferenceDistillation
 from .replay import ExperienceReplay, replay_of
+from .retention import RetentionBudget
 from .weight_ensemble import WeightEnsemble
 from .weight_norm_clip import WeightNormClip
 from .wise_ft import WiseFT
@@ -23,6 +25,7 @@ from .wise_ft import WiseFT
 __all__ = [
     "EWC",
     "L2SP",
+    "Anchor",
     "BatchGradient",
     "Classification",
     "Contrastive",
@@ -43,9 +46,11 @@ __all__ = [
     "PhaseBoundary",
     "ProjectedDistillation",
     "ReferenceDistillation",
+    "RetentionBudget",
     "WeightEnsemble",
     "WeightNormClip",
     "WiseFT",
+    "check_budget",
     "check_recipe",
     "class_pairs",
     "replay_of",

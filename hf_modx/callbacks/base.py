@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datasets import Dataset
 from torch import Tensor, nn
@@ -36,11 +36,12 @@ class LossContext:
         model: the unwrapped model in training, for terms on its weights.
         batch: this process's batch as the collator made it.
         pair_ids: (N,) or (N, K) int64, global, in the order of the embeddings' rows. Different rows that agree in an
-            id are no negatives of each other.
+            id belong together: they are no negatives of each other.
         row_ids: (N,) int64, global: the rows of the training set, those of the memory after the new ones.
         is_replay: (N,) bool, global: which rows come from the replay memory.
         step: optimizer steps done in this phase.
         epoch: the epoch, with fraction.
+        positives: rows that belong together are positives of each other; passed on to the losses in `hf_modx.losses`.
         shard: the rows that this process computes of the losses in `hf_modx.losses`, passed on to them; a loss
             without it is computed whole on every process, which is as exact. None: there is nothing to share.
         phase_start: the `trained_weights` at the start of the phase by name, detached and never changed; empty unless
@@ -58,10 +59,16 @@ class LossContext:
     step: int
     epoch: float
     phase_start: Mapping[str, Tensor]
+    positives: bool = False
     shard: Shard | None = None
     stored: tuple[Tensor, Tensor] | None = None
     extra: ExtraEmbeddings | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def relations(self) -> dict[str, Any]:
+        """What a loss of `hf_modx.losses` is to know of the rows, as its keyword arguments."""
+        return {"pair_ids": self.pair_ids, "positives": self.positives, "shard": self.shard}
 
     def report(self, name: str, value: Tensor) -> None:
         """Log a scalar beside the loss terms, averaged over the steps between two log lines."""
@@ -97,6 +104,9 @@ class PhaseBoundary:
         gradients: `gradients(loss, batches)` goes through so many contrastive batches of the training, at most one
             pass, and yields the gradient of `loss(student, context)` on each, where student and context are those of
             `LossCallback.loss_terms`. The model is in eval mode; every process gets the same gradients.
+        measure: the metrics of the model as it is at the moment of the call on a test, a table in the columns of the
+            training set or a `LabelTest`; the same on every process. May be kept and called until the phase ends.
+        callbacks: the recipe.
     """
 
     model: nn.Module
@@ -107,6 +117,8 @@ class PhaseBoundary:
     args: ModXTrainingArguments
     autocast: Callable[[], AbstractContextManager]
     gradients: Callable[[Callable[[PairEmbeddings, LossContext], Tensor], int], Iterator[BatchGradient]]
+    measure: Callable[[Any], dict[str, float]]
+    callbacks: Sequence["LossCallback"]
 
 
 class LossCallback(TrainerCallback):
@@ -122,6 +134,9 @@ class LossCallback(TrainerCallback):
         owns_contrastive: the callback brings the contrastive term. A recipe has exactly one owner.
         yields_contrastive: where recipes are combined by name, it leaves the contrastive term to another owner.
         owns_weights: the callback decides at the end of a phase which weights the phase leaves. At most one does.
+        guards_weights: the callback may take back at the end of a phase what it has learned; it comes after the one
+            that owns the weights and before all others.
+        needs_budget: the callback is steered by a `RetentionBudget`.
         needs_merge: the weights it leaves are no adapter's: of an adapter that is trained, it leaves them in the base.
         trains: False trains nothing at all.
         trains_on: "phase", or "all_phases_so_far" to train on the union of all data up to this phase.
@@ -137,6 +152,8 @@ class LossCallback(TrainerCallback):
     owns_contrastive: bool = False
     yields_contrastive: bool = False
     owns_weights: bool = False
+    guards_weights: bool = False
+    needs_budget: bool = False
     needs_merge: bool = False
     trains: bool = True
     trains_on: str = "phase"
@@ -192,7 +209,12 @@ class LossCallback(TrainerCallback):
 
     def finish_phase(self, phase: PhaseBoundary) -> None:
         """Called after the last step, before the weights are saved and evaluated; first of all callbacks the one that
-        `owns_weights`. Called again, from the last checkpoint, where a run was interrupted in between."""
+        `owns_weights`, then the one that guards them. Called again, from the last checkpoint, where a run was
+        interrupted in between."""
+
+    def results(self) -> Mapping[str, Any]:
+        """What results.json is to say of the phase that has just finished, by names of its own, as JSON takes it."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that must survive an interruption, and from phase to phase; saved with every Trainer checkpoint and
@@ -256,3 +278,17 @@ def check_recipe(callbacks: Sequence[LossCallback]) -> None:
             f"No callback of the recipe ({', '.join(names) or 'nothing'}) brings the contrastive term. Add "
             "Contrastive()."
         )
+
+
+def check_budget(callbacks: Sequence[LossCallback]) -> None:
+    """Raise a ValueError where a callback is steered by a retention budget that the recipe does not have, or where it
+    has two."""
+    budgets = [callback for callback in callbacks if callback.guards_weights]
+    steered = [type(callback).__name__ for callback in callbacks if callback.needs_budget]
+    if steered and not budgets:
+        raise ValueError(
+            f'{" and ".join(steered)} with alpha="auto" is steered by what is forgotten, and nothing measures that: '
+            "give max_forgetting (--max_forgetting 0.1), or a RetentionBudget in the recipe."
+        )
+    if len(budgets) > 1:
+        raise ValueError("Two retention budgets: leave out max_forgetting, or the RetentionBudget of the recipe.")

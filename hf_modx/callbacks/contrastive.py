@@ -11,12 +11,14 @@ def contrastive_loss(
     pairs: PairEmbeddings,
     *,
     pair_ids: Tensor,
+    positives: bool = False,
     extra_text_embeds: Tensor | None = None,
     chunk_size: int | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
     """The loss that the model is made for: the sigmoid loss where it has a `logit_bias`, InfoNCE elsewhere."""
-    options = {"pair_ids": pair_ids, "extra_text_embeds": extra_text_embeds, "chunk_size": chunk_size, "shard": shard}
+    rows = {"pair_ids": pair_ids, "positives": positives, "chunk_size": chunk_size, "shard": shard}
+    options = {**rows, "extra_text_embeds": extra_text_embeds}
     if pairs.logit_bias is None:
         return info_nce(pairs.image, pairs.text, pairs.logit_scale, **options)
     return sigmoid_loss(pairs.image, pairs.text, pairs.logit_scale, pairs.logit_bias, **options)
@@ -39,7 +41,7 @@ class Contrastive(LossCallback):
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
-        loss = contrastive_loss(student, pair_ids=context.pair_ids, chunk_size=self.chunk_size, shard=context.shard)
+        loss = contrastive_loss(student, **context.relations, chunk_size=self.chunk_size)
         return {"contrastive": loss}
 
 

@@ -80,7 +80,7 @@ def _fisher(phase: PhaseBoundary, batches: int) -> dict[str, Tensor]:
     """The diagonal Fisher information of the contrastive loss by the names of the weights."""
 
     def contrastive(student: PairEmbeddings, context: LossContext) -> Tensor:
-        return contrastive_loss(student, pair_ids=context.pair_ids, shard=context.shard)
+        return contrastive_loss(student, **context.relations)
 
     total: dict[str, Tensor] = {}
     count = 0

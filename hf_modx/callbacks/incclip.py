@@ -168,7 +168,7 @@ class IncCLIP(LossCallback):
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
-        shared = {"pair_ids": context.pair_ids, "chunk_size": self.chunk_size, "shard": context.shard}
+        shared = {**context.relations, "chunk_size": self.chunk_size}
         new_texts = old_texts = None
         if self._texts is not None:
             rows = self._rows(context)

@@ -50,8 +50,7 @@ class LwF(LossCallback):
             distill_scale=old_scale / self.temperature,
             reduction="mean",
             screen=False,
-            pair_ids=context.pair_ids,
             chunk_size=self.chunk_size,
-            shard=context.shard,
+            **context.relations,
         ).loss
         return {"lwf": self.weight * self.temperature**2 * divergence}

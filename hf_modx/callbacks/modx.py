@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from ..embeddings import PairEmbeddings
-from ..losses import affinity_distillation, modx_loss
-from .base import LossCallback, LossContext
+from ..losses import AffinityDistillation, ModXLoss, affinity_distillation, modx_loss
+from .base import LossCallback, LossContext, PhaseBoundary
 from .contrastive import contrastive_loss
+from .retention import RetentionBudget
 
 logger = logging.getLogger(__name__)
 
-FEW_ROWS = 0.05
+FEW_ROWS, NEARLY_ALL_ROWS = 0.05, 0.95
+AUTO, PAPER_ALPHA = "auto", 20.0
 
 
 class ModX(LossCallback):
@@ -22,8 +24,16 @@ class ModX(LossCallback):
     `L = L_contrastive + alpha * (KL_image_to_text + KL_text_to_image) / 2`: KL(old || new) between the softmaxed rows
     of cosines of the two models, summed over the rows kept; see `modx_loss` and `affinity_distillation`.
 
+    How hard the distillation pulls against the contrastive term grows with `alpha * N * kept`, N pairs in the global
+    batch and `kept` the fraction of rows kept. The contrastive term is a mean over pairs. The distillation is a sum
+    over kept rows, of which each, half the variance of the change of its cosines, does not depend on N; and `kept`
+    falls with N, since the old model must find a partner among more candidates. With `reference_batch_size` R the
+    weight in a batch of N is `alpha * (R kept_R) / (N kept_N)`: what alpha is in a batch of R. `kept_R` is counted in
+    the batch itself, cut into batches of R; in a batch smaller than R it cannot be, and the weight is `alpha * R / N`.
+
     Args:
-        alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size.
+        alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size. Or
+            "auto": `alpha_start` times the price that the recipe's `RetentionBudget` sets on forgetting.
         distill_scale: factor on the cosines inside the distillation softmax (1.0 in the authors' code).
         reduction: "sum" (the authors' code) or "mean" over the rows of the global batch.
         contrastive: also bring the model's own contrastive loss: InfoNCE, or the sigmoid loss of a model made for it,
@@ -31,53 +41,109 @@ class ModX(LossCallback):
         screen: False distils every row, also those that the old model has wrong: the recipe "kl". Two passes over the
             similarity matrix instead of one.
         chunk_size: rows of the similarity matrices held at once; None chooses.
+        reference_batch_size: the global batch size that alpha is meant for; None: whatever the batch is.
+        alpha_start: what "auto" begins with, > 0. Default: 20.
 
-    Logs `contrastive`, `modx_distillation` (weighted) and the fractions `image_rows_kept` and `text_rows_kept` of rows
-    that the old model has right. Warns once a phase when fewer than 5 % of the rows are kept.
+    Logs `contrastive`, `modx_distillation` (weighted), the fractions `image_rows_kept` and `text_rows_kept` of rows
+    that the old model has right and, where it is not always `alpha`, the weight `modx_alpha`. Warns once a phase when
+    fewer than 5 % of the rows are kept, or with screening more than 95 %.
     """
 
     needs_teacher = True
 
     def __init__(
         self,
-        alpha: float = 20.0,
+        alpha: float | str = 20.0,
         distill_scale: float = 1.0,
         reduction: str = "sum",
         contrastive: bool = True,
         screen: bool = True,
         chunk_size: int | None = None,
+        reference_batch_size: int | None = None,
+        alpha_start: float | None = None,
     ):
-        if alpha < 0:
+        if isinstance(alpha, str) and alpha != AUTO:
+            raise ValueError(f'alpha must be a number or "auto", got {alpha!r}.')
+        if alpha != AUTO and alpha < 0:
             raise ValueError(f"alpha must not be negative, got {alpha}.")
+        if alpha_start is not None and (alpha != AUTO or not alpha_start > 0):
+            raise ValueError(f'alpha_start is what alpha="auto" begins with, above 0; got {alpha_start}.')
         if reduction not in ("sum", "mean"):
             raise ValueError(f'reduction must be "sum" or "mean", got {reduction!r}.')
+        if reference_batch_size is not None and reference_batch_size < 1:
+            raise ValueError(f"reference_batch_size must be at least 1, got {reference_batch_size}.")
+        if reference_batch_size is not None and reduction == "mean":
+            raise ValueError('reduction="mean" and reference_batch_size both undo the batch size: leave one out.')
         self.alpha = alpha
+        self.alpha_start = alpha_start
+        self.reference_batch_size = reference_batch_size
+        if alpha == AUTO:
+            self.needs_budget = True
+            self.alpha_start = PAPER_ALPHA if alpha_start is None else alpha_start
         self.owns_contrastive = contrastive
         self.distill_scale = distill_scale
         self.reduction = reduction
         self.screen = screen
         self.chunk_size = chunk_size
+        self._budget: RetentionBudget | None = None
         self._start_counting()
+
+    @property
+    def current_alpha(self) -> float:
+        """What "auto" has come to, or alpha."""
+        if self.alpha != AUTO:
+            return self.alpha
+        return self.alpha_start * (self._budget.price if self._budget is not None else 1.0)
+
+    def start_phase(self, phase: PhaseBoundary) -> None:
+        self._budget = next((c for c in phase.callbacks if isinstance(c, RetentionBudget)), None)
 
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
-        rows = {"pair_ids": context.pair_ids, "chunk_size": self.chunk_size, "shard": context.shard}
+        rows = {**context.relations, "chunk_size": self.chunk_size}
+        alpha = self.current_alpha
         distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
         if self.owns_contrastive and self.screen and student.logit_bias is None:
-            result = modx_loss(*embeds, student.logit_scale, alpha=self.alpha, **distillation, **rows)
-            terms = {"contrastive": result.contrastive, "modx_distillation": self.alpha * result.distillation}
+            result = modx_loss(*embeds, student.logit_scale, alpha=alpha, **distillation, **rows)
+            terms, divergence = {"contrastive": result.contrastive}, result.distillation
         else:
             result = affinity_distillation(*embeds, screen=self.screen, **distillation, **rows)
-            terms = {"modx_distillation": self.alpha * result.loss}
+            terms, divergence = {}, result.loss
             if self.owns_contrastive:
                 terms["contrastive"] = contrastive_loss(student, **rows)
+        if self.reference_batch_size is not None:
+            alpha = alpha * self._reference_rows(teacher, context, result) / len(student.image)
+        terms["modx_distillation"] = alpha * divergence
+        if alpha is not self.alpha:
+            context.report("modx_alpha", torch.as_tensor(alpha, dtype=divergence.dtype, device=divergence.device))
         context.report("image_rows_kept", result.image_rows_kept)
         context.report("text_rows_kept", result.text_rows_kept)
         self._kept = self._kept + (result.image_rows_kept + result.text_rows_kept).detach() / 2
         self._batches += 1
         return terms
+
+    @torch.no_grad()
+    def _reference_rows(
+        self, teacher: PairEmbeddings, context: LossContext, found: ModXLoss | AffinityDistillation
+    ) -> Tensor:
+        """Scalar: how many rows of a batch of `reference_batch_size` weigh what the rows of this batch do."""
+        size, pairs = self.reference_batch_size, len(teacher.image)
+        reference = teacher.image.new_tensor(size)
+        if not self.screen or size >= pairs:
+            return reference
+        parts = pairs // size
+        kept = 0
+        for part in range(parts):
+            rows = slice(part, parts * size, parts)  # each with its share of replayed rows, which stand together
+            old = (teacher.image[rows], teacher.text[rows])
+            alone = affinity_distillation(
+                *old, *old, pair_ids=context.pair_ids[rows], positives=context.positives, chunk_size=self.chunk_size
+            )
+            kept = kept + (alone.image_rows_kept + alone.text_rows_kept) / parts
+        kept_here = found.image_rows_kept + found.text_rows_kept
+        return reference * (kept / kept_here).where(kept_here > 0, 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_counting()
@@ -93,6 +159,14 @@ class ModX(LossCallback):
                 "The old model ranks only %.1f %% of the new pairs first, and Mod-X distils only those: it has little "
                 "to keep here. Replay some old pairs in the batch, use a smaller batch (fewer candidates a row), or "
                 "expect a result close to plain fine-tuning.",
+                100 * kept,
+            )
+        elif self.screen and kept > NEARLY_ALL_ROWS:
+            self._warned = True
+            logger.warning(
+                "The old model ranks %.1f %% of the new pairs first: Mod-X distils nearly every row, and holds the "
+                "model to what it knows of the new pairs too. Where it learns too little, lower alpha or use a larger "
+                "batch (more candidates a row).",
                 100 * kept,
             )
 

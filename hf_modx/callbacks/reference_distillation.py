@@ -2,16 +2,15 @@
 
 import os
 
-import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModel, AutoProcessor
 
 from ..data import PairCollator
-from ..embeddings import PairEmbeddings, check_dual_encoder
+from ..embeddings import PairEmbeddings
 from ..load_data import load_table
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
+from ..pretrained import load_dual_encoder
 from .base import LossCallback, LossContext, PhaseBoundary
 from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts
 
@@ -43,8 +42,9 @@ class ReferenceDistillation(LossCallback):
         texts: likewise; None: the captions that stand beside the images.
         image_column, image_split, text_column, text_split: of the sources. Of the base, the columns of the run.
         teacher: "initial", the model that the first phase starts from; "previous", the one that this phase starts
-            from; or name or path of another one. Its embeddings must have the width of the student's and its texts lie
-            in the student's space, unless `distill_text_tower`.
+            from; or folder or Hub id of another one, with `@REVISION` where it is not the main branch. Its embeddings
+            must have the width of the student's and its texts lie in the student's space, unless
+            `distill_text_tower`.
         images_per_step: reference images a step, on all processes together, >= 1. With gradient accumulation and no
             gradient cache every batch of a step takes the same ones again.
         texts_per_step: reference texts a step, >= 1. None: all, as in the original, or as many as images where the
@@ -137,9 +137,8 @@ class ReferenceDistillation(LossCallback):
     def _ask_teacher(self, phase: PhaseBoundary) -> dict[str, Tensor]:
         model, collator = phase.model, phase.collator
         if self.teacher not in ("initial", "previous"):
-            model = AutoModel.from_pretrained(self.teacher, dtype=torch.float32).to(phase.args.device)
-            check_dual_encoder(model)
-            collator = PairCollator.for_model(model, AutoProcessor.from_pretrained(self.teacher))
+            model, processor = load_dual_encoder(self.teacher, phase.args.device)
+            collator = PairCollator.for_model(model, processor)
         return embed_references(
             model,
             self._images,

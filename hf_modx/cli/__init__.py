@@ -10,12 +10,13 @@ from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from ..markdown import one_line
-from . import demo_data, disorder, evaluate, merge, report
+from . import demo_data, disorder, evaluate, index_check, merge, report
 
 COMMANDS = {
     "report": report,
     "evaluate": evaluate,
     "disorder": disorder,
+    "index-check": index_check,
     "merge": merge,
     "demo-data": demo_data,
 }

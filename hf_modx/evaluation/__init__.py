@@ -1,5 +1,6 @@
 """Evaluation: retrieval, zero-shot classification, linear probes, and the phase x test matrix."""
 
+from .cross_phase import cross_phase_metrics, fit_alignments, index_recalls
 from .disorder import SpatialDisorder, imav, spatial_disorder
 from .encoding import EncodedPairs, Encoder, encode_pairs
 from .linear_probe import linear_probe_accuracy
@@ -21,8 +22,11 @@ __all__ = [
     "SpatialDisorder",
     "ZeroShotTest",
     "class_embeds",
+    "cross_phase_metrics",
     "encode_pairs",
+    "fit_alignments",
     "imav",
+    "index_recalls",
     "linear_probe_accuracy",
     "load_tests",
     "mean_and_spread",

@@ -45,6 +45,16 @@ class EncodedPairs:
         """(N,) indices into `text`: the first caption of each row."""
         return torch.searchsorted(self.text_rows, torch.arange(len(self.image), device=self.text_rows.device))
 
+    def select(self, rows: Tensor) -> "EncodedPairs":
+        """Some of the rows, by ascending numbers, with all of their captions."""
+        places = torch.full_like(self.image_ids, -1)
+        places[rows] = torch.arange(len(rows), device=places.device)
+        of_captions = places[self.text_rows]
+        kept = of_captions >= 0
+        return EncodedPairs(
+            self.image[rows], self.text[kept], self.image_ids[rows], self.text_ids[kept], of_captions[kept]
+        )
+
     def as_predictions(self) -> EvalPrediction:
         """What a `compute_metrics` function receives."""
         return EvalPrediction(

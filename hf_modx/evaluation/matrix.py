@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..phases import ALL
+
 if TYPE_CHECKING:
     import pandas
 
@@ -29,8 +31,9 @@ class EvaluationMatrix:
         phases: the T phases' names.
         tests: the tests' names.
         values: (T + 1, tests), or (T, tests) with `has_initial_row=False`. None or NaN: not measured.
-        learned_at: for each test the phase that teaches it, 1 to T; 0: the base model; None: never. Default: test i is
-            taught by phase i + 1, which needs as many tests as phases.
+        learned_at: for each test the phase that teaches it, 1 to T; 0: the base model; None: never; `ALL` ("all"): all
+            phases together, a union of the other tests. Default: test i is taught by phase i + 1, which needs as many
+            tests as phases.
         has_initial_row: the first row was measured before the first phase.
 
     Raises:
@@ -42,7 +45,7 @@ class EvaluationMatrix:
         phases: Sequence[str],
         tests: Sequence[str],
         values: Sequence[Sequence[float | None]],
-        learned_at: Sequence[int | None] | None = None,
+        learned_at: Sequence[int | str | None] | None = None,
         has_initial_row: bool = True,
     ):
         self.phases = list(phases)
@@ -58,7 +61,7 @@ class EvaluationMatrix:
             )
         self.learned_at = self._check_learned_at(learned_at)
 
-    def _check_learned_at(self, learned_at: Sequence[int | None] | None) -> list[int | None]:
+    def _check_learned_at(self, learned_at: Sequence[int | str | None] | None) -> list[int | str | None]:
         if learned_at is None:
             if len(self.tests) != len(self.phases):
                 raise ValueError(
@@ -66,11 +69,11 @@ class EvaluationMatrix:
                     "each test (0 = the base model, None = never)."
                 )
             return list(range(1, len(self.phases) + 1))
-        learned_at = list(learned_at)
+        learned_at = [k if k is None or isinstance(k, str) else int(k) for k in learned_at]
         if len(learned_at) != len(self.tests):
             raise ValueError(f"learned_at has {len(learned_at)} entries for {len(self.tests)} tests.")
         for test, phase in zip(self.tests, learned_at, strict=True):
-            if phase is not None and not 0 <= phase <= len(self.phases):
+            if phase not in (None, ALL) and (isinstance(phase, str) or not 0 <= phase <= len(self.phases)):
                 raise ValueError(f"learned_at of {test!r} is {phase}; the phases are 1 to {len(self.phases)}.")
         return learned_at
 
@@ -80,7 +83,8 @@ class EvaluationMatrix:
         return float(self.values[row, test]) if row >= 0 else math.nan
 
     def summary(self) -> dict[str, float | None]:
-        """The matrix in seven numbers; None where the matrix does not determine one.
+        """The matrix in seven numbers; None where the matrix does not determine one. A union of tests (`ALL`) is in
+        none of them: its pairs are there already, in the tests that it is made of.
 
         - `average`: mean of all rows after a phase. `last`: mean of the last row.
         - `backward_transfer`: mean of `A[T, i] - A[learned_at, i]` over tests learned before the last phase.
@@ -90,6 +94,8 @@ class EvaluationMatrix:
         - `forward_transfer`: mean of `A[learned_at - 1, i] - A[0, i]` over the tests that a phase teaches.
         - `zero_shot_retention`: mean of `A[T, i] / A[0, i]` over the tests that no phase teaches.
         """
+        if ALL in self.learned_at:
+            return self._of([test for test, phase in enumerate(self.learned_at) if phase != ALL]).summary()
         last = len(self.phases)
         learned = [(i, k) for i, k in enumerate(self.learned_at) if k is not None]
         earlier = [(i, k) for i, k in learned if k < last]
@@ -114,8 +120,10 @@ class EvaluationMatrix:
     def measured(self) -> "EvaluationMatrix":
         """The matrix of those tests that have the metric: a retrieval test has no accuracy. All, where none has it."""
         kept = [test for test in range(len(self.tests)) if not np.isnan(self.values[:, test]).all()]
-        if not kept:
-            return self
+        return self._of(kept) if kept else self
+
+    def _of(self, kept: Sequence[int]) -> "EvaluationMatrix":
+        """The matrix of some of its tests."""
         tests, learned_at = ([of_all[test] for test in kept] for of_all in (self.tests, self.learned_at))
         return EvaluationMatrix(self.phases, tests, self.values[:, kept], learned_at, self.has_initial_row)
 

@@ -11,8 +11,9 @@ YAML file.
 
 import difflib
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,7 +28,7 @@ from ..phases import content_fingerprint
 from ..prompts import TEMPLATES, check_templates
 from .encoding import Encoder
 from .linear_probe import linear_probe_accuracy
-from .zero_shot import class_embeds, zero_shot_metrics
+from .zero_shot import class_embeds, per_class_top1, zero_shot_metrics
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,20 @@ class RetrievalTest:
         table = self.dataset.select_columns(list(names))
         changed = {old: new for old, new in names.items() if old != new}
         return with_images(table.rename_columns(changed) if changed else table, image_column)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a test of labels has found.
+
+    Attributes:
+        metrics: fractions in [0, 1].
+        per_class: the accuracy of each class, in the order of the classes; None for one without images. None where
+            the test does not tell.
+    """
+
+    metrics: dict[str, float]
+    per_class: list[float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,9 +129,13 @@ class LabelTest(ABC):
         """The images alone."""
         return with_images(table.select_columns([self.image_column]), self.image_column)
 
-    @abstractmethod
     def measure(self, encoder: Encoder) -> dict[str, float]:
         """The metrics, fractions in [0, 1]; the same on every process."""
+        return self.measured(encoder).metrics
+
+    @abstractmethod
+    def measured(self, encoder: Encoder) -> Measured:
+        """The metrics, and the accuracy of each class where the test tells it; the same on every process."""
 
     def fingerprint(self) -> str:
         """A hash of all that decides the metrics besides the model."""
@@ -139,9 +158,11 @@ class ZeroShotTest(LabelTest):
         super().__post_init__()
         check_templates(self.templates)
 
-    def measure(self, encoder: Encoder) -> dict[str, float]:
+    def measured(self, encoder: Encoder) -> Measured:
         texts = class_embeds(encoder, self.names, self.templates)
-        return zero_shot_metrics(encoder.image_embeds(self.images(self.dataset)), texts, self.labels(self.dataset))
+        embeds = encoder.image_embeds(self.images(self.dataset)), texts, self.labels(self.dataset)
+        per_class = [None if math.isnan(share) else share for share in per_class_top1(*embeds).tolist()]
+        return Measured(zero_shot_metrics(*embeds), per_class)
 
     def fingerprint(self) -> str:
         return _fingerprint(super().fingerprint(), tuple(self.templates))
@@ -167,11 +188,11 @@ class LinearProbeTest(LabelTest):
         if len(self.labels(self.train).unique()) < 2:
             raise ValueError("A linear probe needs at least two classes to learn.")
 
-    def measure(self, encoder: Encoder) -> dict[str, float]:
+    def measured(self, encoder: Encoder) -> Measured:
         train, test = (encoder.vision_features(self.images(table)) for table in (self.train, self.dataset))
         labels = (self.labels(table).to(train.device) for table in (self.train, self.dataset))
         train_labels, test_labels = labels
-        return {"linear_probe_top1": linear_probe_accuracy(train, train_labels, test, test_labels)}
+        return Measured({"linear_probe_top1": linear_probe_accuracy(train, train_labels, test, test_labels)})
 
     def fingerprint(self) -> str:
         return _fingerprint(super().fingerprint(), content_fingerprint(self.train))
@@ -193,19 +214,28 @@ def load_tests(path: str | Path) -> dict[str, EvaluationTest]:
         ValueError: not such a file; a key, a kind, a column or a split that does not exist; names used twice. The
             message names the test.
     """
-    declared = read_yaml(Path(path))
+    return declared_tests(read_yaml(Path(path)), str(path))
+
+
+def declared_tests(declared: Any, where: str, source_of: Callable[[str], str] = str) -> dict[str, EvaluationTest]:
+    """The tests of a list as `load_tests` describes it.
+
+    Args:
+        where: it stands, for messages.
+        source_of: from the name of a data set to what `load_table` takes.
+    """
     if not isinstance(declared, list) or not all(isinstance(entry, dict) and "name" in entry for entry in declared):
-        raise ValueError(f"{path} must hold a list of tests, each a mapping with a name.")
+        raise ValueError(f"{where} must hold a list of tests, each a mapping with a name.")
     names = [str(entry["name"]) for entry in declared]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"{path}: the names {', '.join(repeated)} are used more than once.")
+        raise ValueError(f"{where}: the names {', '.join(repeated)} are used more than once.")
     tests = {}
     for name, entry in zip(names, declared, strict=True):
         try:
-            tests[name] = _declared({key: value for key, value in entry.items() if key != "name"})
+            tests[name] = _declared({key: value for key, value in entry.items() if key != "name"}, source_of)
         except (ValueError, TypeError, FileNotFoundError) as error:
-            raise ValueError(f"{path}, test {name!r}: {error}") from error
+            raise ValueError(f"{where}, test {name!r}: {error}") from error
     return tests
 
 
@@ -232,7 +262,7 @@ KINDS = {
 SOURCE = ("kind", "dataset", "config", "split", "max_samples")
 
 
-def _declared(entry: dict[str, Any]) -> EvaluationTest:
+def _declared(entry: dict[str, Any], source_of: Callable[[str], str]) -> EvaluationTest:
     if entry.get("kind") not in KINDS:
         raise ValueError(f"kind is {entry.get('kind')!r}; there are {', '.join(KINDS)}.")
     if "dataset" not in entry:
@@ -241,9 +271,10 @@ def _declared(entry: dict[str, Any]) -> EvaluationTest:
     further = ("train_split",) if test is LinearProbeTest else ()
     _refuse_unknown(entry, (*SOURCE, *further, "image_column", "learned_at", *own))
     options = {key: value for key, value in entry.items() if key in ("image_column", "learned_at", *own)}
+    source, config = source_of(entry["dataset"]), entry.get("config")
     if test is LinearProbeTest:
-        options["train"] = load_table(entry["dataset"], entry.get("train_split", "train"), entry.get("config"))
-    whole = test(load_table(entry["dataset"], entry.get("split", "test"), entry.get("config")), **options)
+        options["train"] = load_table(source, entry.get("train_split", "train"), config)
+    whole = test(load_table(source, entry.get("split", "test"), config), **options)
     limit = entry.get("max_samples")
     if limit is None or limit >= len(whole.dataset):
         return whole

@@ -72,6 +72,7 @@ def affinity_losses(
     screen: bool = True,
     rows: Tensor | None = None,
     pair_ids: Tensor | None = None,
+    positives: bool = False,
     chunk_size: int | None = None,
     shard: Shard | None = None,
 ) -> AffinityLosses:
@@ -86,13 +87,16 @@ def affinity_losses(
         distill_scale: factor on the cosines in the distillation, > 0.
         screen: keep only rows that the old model gets right.
         rows: (N,) bool, the pairs whose rows the distillation may keep; None: all. The others stay candidates.
-        pair_ids: (N,) or (N, K) integers. Two rows that agree in any of the K ids are no candidates of each other.
+        pair_ids: (N,) or (N, K) integers. Two rows that agree in any of the K ids belong together.
+        positives: rows that belong together are positives of each other; False: they are no candidates of each other.
         chunk_size: rows of a block. None chooses.
         shard: the rows of this process; None: all.
     """
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device).reshape(())
-    settings = _Settings(distill_scale, screen, rows, repeated(pair_ids), block_rows(texts, chunk_size), shard)
+    settings = _Settings(
+        distill_scale, screen, rows, repeated(pair_ids), positives, block_rows(texts, chunk_size), shard
+    )
     return AffinityLosses(*_AffinityLosses.apply(images, texts, scale, old_images, old_texts, settings))
 
 
@@ -102,6 +106,7 @@ class _Settings:
     screen: bool
     distilled: Tensor | None
     pair_ids: Tensor | None
+    positives: bool
     block_rows: int
     shard: Shard | None
 
@@ -121,10 +126,12 @@ class _AffinityLosses(torch.autograd.Function):
         sharp = _Softmax(images, texts, float(scale)) if scale is not None else None
         soft = _Softmax(images, texts, settings.distill_scale) if distills else None
         old = _Softmax(old_images, old_texts, settings.distill_scale) if distills else None
-        for place, new_block, old_block in blocks:
+        for place, new_block, old_block, positives in blocks:
             if sharp is not None:
                 sharp.add(place, new_block, blocks.spare)
+                sharp.add_targets(place, new_block, positives)
             if distills:
+                old.add_own(place, old_block, positives)
                 soft.add(place, new_block, blocks.spare)
                 old.add(place, old_block, blocks.spare, torch.sub(old_block, new_block, out=new_block))
         for softmax in (sharp, soft, old):
@@ -169,11 +176,11 @@ class _AffinityLosses(torch.autograd.Function):
             distillation_weight = distillation_grad * processes * soft.factor / 2
         blocks = _Blocks(images, texts, old_images, old_texts, settings)
         buffer = torch.empty_like(blocks.spare)
-        for place, new_block, old_block in blocks:
+        for place, new_block, old_block, positives in blocks:
             gradient = buffer[: len(new_block)].zero_()
             if contrastive_grad is not None:
                 sharp.add_probabilities(gradient, contrastive_weight, place, new_block, blocks.spare)
-                gradient.diagonal(offset=place.start).sub_(2 * contrastive_weight)
+                sharp.subtract_targets(gradient, contrastive_weight, place, positives)
                 scale_grad += torch.dot(gradient.view(-1), new_block.view(-1))
             if distillation_grad is not None:
                 soft.add_probabilities(gradient, distillation_weight, place, new_block, blocks.spare)
@@ -186,11 +193,12 @@ class _AffinityLosses(torch.autograd.Function):
 
 
 class _Blocks:
-    """Blocks of rows of the new and the old model's cosines, in buffers that every block uses again."""
+    """Blocks of rows of the new and the old model's cosines, in buffers that every block uses again, and of each which
+    pairs are positives of its rows, (rows, N) bool; None: no row has other positives than its own pair."""
 
     def __init__(self, images: Tensor, texts: Tensor, old_images: Any, old_texts: Any, settings: _Settings):
         self.new, self.old = (images, texts), (old_images, old_texts)
-        self.pair_ids = settings.pair_ids
+        self.pair_ids, self.positives = settings.pair_ids, settings.positives
         rows = settings.rows(len(images))
         self.places = [
             slice(start, min(start + settings.block_rows, rows.stop))
@@ -200,10 +208,15 @@ class _Blocks:
         self.spare, self.new_buffer = images.new_empty(shape), images.new_empty(shape)
         self.old_buffer = old_images.new_empty(shape) if old_images is not None else None
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    def __iter__(self) -> Iterator[tuple[slice, Tensor, Tensor | None, Tensor | None]]:
         for place in self.places:
-            barred = _barred(self.pair_ids, place, len(self.new[1])) if self.pair_ids is not None else None
-            yield place, self._block(self.new, place, self.new_buffer, barred), self._old_block(place, barred)
+            barred = positives = None
+            if self.pair_ids is not None and self.positives:
+                positives = _belong_together(self.pair_ids, place)
+            elif self.pair_ids is not None:
+                barred = _barred(self.pair_ids, place, len(self.new[1]))
+            new = self._block(self.new, place, self.new_buffer, barred)
+            yield place, new, self._old_block(place, barred), positives
 
     def _old_block(self, place: slice, barred: Tensor | None) -> Tensor | None:
         return None if self.old_buffer is None else self._block(self.old, place, self.old_buffer, barred)
@@ -223,7 +236,9 @@ class _Softmax:
     rows and columns share their powers.
 
     Attributes:
-        own: (N,) the cosines of the pairs themselves.
+        own: (2, N) the largest cosine of every row and of every column with its positives, as `add_own` was told.
+        targets: (2, N) their mean cosine, as `add_targets` was told.
+        positives: (N,) their number.
         highest: (2, N) the largest cosine of every row and of every column.
         shifts, sums: (2, N) for rows and for columns. A process has its shard of the rows, and at the end all columns.
         differences: (2, N) expectations of the difference that the blocks came with.
@@ -234,16 +249,16 @@ class _Softmax:
         largest = images.norm(dim=1).max() * texts.norm(dim=1).max()
         self.shares_powers = bool(factor * largest <= LARGEST_EXPONENT)
         size = (2, len(images))
-        self.own, self.highest = images.new_full(size[1:], -torch.inf), images.new_full(size, -torch.inf)
+        self.own, self.highest = images.new_full((2, *size), -torch.inf).unbind()
+        self.targets, self.positives = images.new_zeros(size), images.new_zeros(size[1:])
         self.shifts, self.sums, self.differences = images.new_zeros((3, *size)).unbind()
         if not self.shares_powers:
             self.shifts = torch.full_like(self.shifts, -torch.inf)
 
     def add(self, place: slice, block: Tensor, spare: Tensor, difference: Tensor | None = None) -> None:
         """Take in a block of rows; the difference, of the block's shape, is weighted by the probabilities."""
-        number = len(self.own)  # further candidates have no text-to-image row, so no column here
+        number = len(self.positives)  # further candidates have no text-to-image row, so no column here
         pairs = block[:, :number]
-        self.own[place] = block.diagonal(offset=place.start)
         self.highest[0, place] = block.amax(dim=1)
         torch.maximum(self.highest[1], pairs.amax(dim=0), out=self.highest[1])
         if not self.shares_powers:
@@ -259,6 +274,34 @@ class _Softmax:
                 self.differences[1] += powers[:, :number].sum(dim=0)
         if not self.shares_powers:
             self._add_columns(pairs, spare, None if difference is None else difference[:, :number])
+
+    def add_own(self, place: slice, block: Tensor, positives: Tensor | None) -> None:
+        """Take in how similar a block's rows and columns are to the most similar of their positives."""
+        if positives is None:
+            self.own[:, place] = block.diagonal(offset=place.start)
+            return
+        similar = torch.where(positives, block[:, : len(positives[0])], NOT_A_CANDIDATE)
+        self.own[0, place] = similar.amax(dim=1)
+        torch.maximum(self.own[1], similar.amax(dim=0), out=self.own[1])
+
+    def add_targets(self, place: slice, block: Tensor, positives: Tensor | None) -> None:
+        """Take in the cosines of a block's rows and columns with their positives."""
+        if positives is None:
+            self.targets[:, place] = block.diagonal(offset=place.start)
+            self.positives[place] = 1
+            return
+        similar = torch.where(positives, block[:, : len(positives[0])], 0)
+        self.targets[0, place] = similar.sum(dim=1)
+        self.targets[1] += similar.sum(dim=0)
+        self.positives[place] = positives.sum(dim=1).to(block.dtype)
+
+    def subtract_targets(self, total: Tensor, weight: Tensor, place: slice, positives: Tensor | None) -> None:
+        """Subtract the weighted targets of rows and of columns: each an equal share for every positive."""
+        if positives is None:
+            total.diagonal(offset=place.start).sub_(2 * weight)
+            return
+        shares = weight * (1 / self.positives[place, None] + 1 / self.positives)
+        total[:, : len(positives[0])].sub_(torch.where(positives, shares, 0))
 
     def _add_columns(self, pairs: Tensor, spare: Tensor, difference: Tensor | None) -> None:
         """Columns of a block with a running shift; a column may have had no candidate so far."""
@@ -280,21 +323,24 @@ class _Softmax:
     def finish(self, shard: Shard | None) -> None:
         """Put the columns of all processes together."""
         if shard is not None:
-            columns = [self.shifts[1], self.sums[1], self.differences[1], self.highest[1], self.own]
-            shifts, sums, differences, highest, own = shard.gather(torch.stack(columns)).unbind(dim=1)
-            self.own, self.highest[1], self.shifts[1] = own.amax(dim=0), highest.amax(dim=0), shifts.amax(dim=0)
+            columns = [self.shifts[1], self.sums[1], self.differences[1], self.highest[1], self.own[1]]
+            columns += [self.targets[1], self.positives]
+            shifts, sums, differences, highest, own, *added = shard.gather(torch.stack(columns)).unbind(dim=1)
+            self.own[1], self.highest[1], self.shifts[1] = own.amax(dim=0), highest.amax(dim=0), shifts.amax(dim=0)
+            self.targets[1], self.positives = (part.sum(dim=0) for part in added)
             weights = (shifts - self.shifts[1]).exp()
             self.sums[1], self.differences[1] = (weights * sums).sum(dim=0), (weights * differences).sum(dim=0)
         self.log_sums = self.shifts.double() + self.sums.double().log()
         self.differences = self.differences.double() / self.sums.double()
         self.weights = self.sums.reciprocal()
+        self.targets = self.targets / self.positives.clamp(min=1)
 
     def cross_entropy(self, rows: slice) -> Tensor:
-        """Sum over the rows and the columns of these pairs."""
-        return (self.log_sums.sum(dim=0) - 2 * self.factor * self.own)[rows].sum()
+        """Sum over the rows and the columns of these pairs, of each the mean over its positives."""
+        return (self.log_sums - self.factor * self.targets).sum(dim=0)[rows].sum()
 
     def own_is_highest(self) -> list[Tensor]:
-        """(N,) for rows and for columns: no candidate is strictly more similar than the partner, up to rounding."""
+        """(N,) for rows and for columns: no candidate is strictly more similar than a positive, up to rounding."""
         return list(self.highest <= self.own + ROUNDING * torch.finfo(self.own.dtype).eps)
 
     def keep(self, kept: list[Tensor]) -> None:
@@ -303,7 +349,7 @@ class _Softmax:
 
     def add_probabilities(self, total: Tensor, weight: Tensor, place: slice, block: Tensor, spare: Tensor) -> None:
         """Add the weighted softmax over rows and the weighted softmax over columns, as far as they are kept."""
-        number = len(self.own)
+        number = len(self.positives)
         row_weights, column_weights = weight * self.weights[0, place, None], weight * self.weights[1]
         powers = self._powers(block, self.shifts[0, place, None], spare)
         if self.shares_powers and number == len(block[0]):
@@ -332,9 +378,14 @@ def _without_nonfinite(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, l
 
 def _barred(pair_ids: Tensor, place: slice, columns: int) -> Tensor:
     """(rows, C): the columns that are no candidates of a row: they share an id with it and are not its own."""
-    same = (pair_ids[place, None] == pair_ids[None]).any(dim=-1)
+    same = _belong_together(pair_ids, place)
     same.diagonal(offset=place.start).fill_(False)
     return torch.nn.functional.pad(same, (0, columns - len(pair_ids)))
+
+
+def _belong_together(pair_ids: Tensor, place: slice) -> Tensor:
+    """(rows, N): the pairs that share an id with a row, its own among them."""
+    return (pair_ids[place, None] == pair_ids[None]).any(dim=-1)
 
 
 def repeated(pair_ids: Tensor | None) -> Tensor | None:

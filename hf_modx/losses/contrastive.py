@@ -12,6 +12,7 @@ def info_nce(
     logit_scale: Tensor | float,
     *,
     pair_ids: Tensor | None = None,
+    positives: bool = False,
     extra_text_embeds: Tensor | None = None,
     chunk_size: int | None = None,
     shard: Shard | None = None,
@@ -25,8 +26,12 @@ def info_nce(
         image_embeds: (N, D), unit-norm rows.
         text_embeds: (N, D), unit-norm rows; row i belongs to image i.
         logit_scale: the factor s itself, already exponentiated, > 0; takes gradient.
-        pair_ids: (N,) or (N, K) integers. Different rows that agree in an id are no negatives of each other: their
-            columns leave the denominator. None: every other row is a negative.
+        pair_ids: (N,) or (N, K) integers. Different rows that agree in an id are no negatives of each other. None:
+            every other row is a negative.
+        positives: rows that agree in an id are positives of each other: the target of a row is an equal share for each
+            of them and for its own pair, and all stay in the denominator (UniCL: Yang et al., "Unified Contrastive
+            Learning in Image-Text-Label Space", CVPR 2022, section 3; the mean over positives outside the logarithm
+            is that of SupCon, Khosla et al., NeurIPS 2020). False: their columns leave the denominator.
         extra_text_embeds: (M, D), unit-norm rows: further negatives of every image, for instance generated texts.
             They widen the image-to-text denominators and have no row of their own.
         chunk_size: rows of the similarity matrix held at once; None chooses. Bounds memory, never changes the result.
@@ -42,7 +47,7 @@ def info_nce(
     with full_precision(image_embeds):
         images, texts = upcast(image_embeds), upcast(with_extra(text_embeds, extra_text_embeds))
         return affinity_losses(
-            images, texts, logit_scale, pair_ids=pair_ids, chunk_size=chunk_size, shard=shard
+            images, texts, logit_scale, pair_ids=pair_ids, positives=positives, chunk_size=chunk_size, shard=shard
         ).contrastive
 
 

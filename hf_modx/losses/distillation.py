@@ -36,6 +36,7 @@ def affinity_distillation(
     screen: bool = True,
     rows: Tensor | None = None,
     pair_ids: Tensor | None = None,
+    positives: bool = False,
     extra_text_embeds: Tensor | None = None,
     teacher_extra_text_embeds: Tensor | None = None,
     chunk_size: int | None = None,
@@ -62,7 +63,9 @@ def affinity_distillation(
         screen: False keeps every row.
         rows: (N,) bool: only these pairs are distilled, in both directions; the others stay candidates. N is then
             their number. None: all.
-        pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no candidates, in screening and in both
+        pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no wrong answers.
+        positives: they are right answers: a row takes part if the old model's most similar candidate is its partner or
+            any of theirs, and all stay in both softmaxes. False: they are no candidates, in screening and in both
             softmaxes.
         extra_text_embeds, teacher_extra_text_embeds: (M, D) and (M, D'): further candidates of every image, for
             instance generated texts; they have no row of their own.
@@ -91,6 +94,7 @@ def affinity_distillation(
             screen=screen,
             rows=rows,
             pair_ids=pair_ids,
+            positives=positives,
             chunk_size=chunk_size,
             shard=shard,
         )

@@ -17,8 +17,9 @@ class ModXLoss:
         loss: scalar with gradient.
         contrastive: scalar, symmetric InfoNCE over the batch.
         distillation: scalar, KL(old || new) before it is weighted by alpha.
-        image_rows_kept: scalar in [0, 1], fraction of images whose own caption the old model ranks first.
-        text_rows_kept: scalar in [0, 1], fraction of captions whose own image the old model ranks first.
+        image_rows_kept: scalar in [0, 1], fraction of images for which the old model ranks their own caption, or that
+            of a positive, first.
+        text_rows_kept: scalar in [0, 1], the same for captions and images.
     """
 
     loss: Tensor
@@ -39,6 +40,7 @@ def modx_loss(
     distill_scale: float = 1.0,
     reduction: str = "sum",
     pair_ids: Tensor | None = None,
+    positives: bool = False,
     chunk_size: int | None = None,
     shard: Shard | None = None,
 ) -> ModXLoss:
@@ -56,6 +58,8 @@ def modx_loss(
         reduction: "sum" or "mean" over the N rows; concerns the distillation only.
         pair_ids: (N,) or (N, K) integers; different rows that agree in an id are no negatives of each other, in both
             terms.
+        positives: they are positives of each other, see `info_nce` and `affinity_distillation`. False: their columns
+            leave both terms.
         chunk_size: rows of the similarity matrices held at once; None chooses. Bounds memory, never changes the
             result.
         shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
@@ -77,6 +81,7 @@ def modx_loss(
             upcast(teacher_text_embeds.detach()),
             distill_scale=distill_scale,
             pair_ids=pair_ids,
+            positives=positives,
             chunk_size=chunk_size,
             shard=shard,
         )

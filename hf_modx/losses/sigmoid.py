@@ -19,6 +19,7 @@ def sigmoid_loss(
     logit_bias: Tensor | float,
     *,
     pair_ids: Tensor | None = None,
+    positives: bool = True,
     extra_text_embeds: Tensor | None = None,
     chunk_size: int | None = None,
     shard: Shard | None = None,
@@ -37,6 +38,7 @@ def sigmoid_loss(
         logit_bias: b; takes gradient.
         pair_ids: (N,) or (N, K) integers. Different rows that agree in an id belong together too. None: every other
             row is a negative.
+        positives: False: nothing is asked about those that belong together and are not one pair.
         extra_text_embeds: (M, D), unit-norm rows: texts that belong to none of the images.
         chunk_size: rows of the similarity matrix held at once; None chooses. Bounds memory, never changes the result.
         shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
@@ -54,13 +56,14 @@ def sigmoid_loss(
             torch.as_tensor(value, dtype=images.dtype, device=images.device).reshape(())
             for value in (logit_scale, logit_bias)
         )
-        settings = _Settings(repeated(pair_ids), block_rows(texts, chunk_size), shard)
+        settings = _Settings(repeated(pair_ids), positives, block_rows(texts, chunk_size), shard)
         return _SigmoidLoss.apply(images, texts, scale, bias, settings)
 
 
 @dataclass(frozen=True)
 class _Settings:
     pair_ids: Tensor | None
+    positives: bool
     block_rows: int
     shard: Shard | None
 
@@ -69,14 +72,18 @@ class _Settings:
         start, stop = (0, number) if self.shard is None else (self.shard.start, self.shard.stop)
         return (slice(at, min(at + self.block_rows, stop)) for at in range(start, stop, self.block_rows))
 
-    def belong_together(self, place: slice, shape: torch.Size, device: torch.device) -> Tensor:
-        """(rows, C) bool."""
+    def belong_together(self, place: slice, shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """(rows, C) bool: what belongs together, and what is not asked about (None: nothing)."""
         together = torch.zeros(shape, dtype=torch.bool, device=device)
         if self.pair_ids is not None:
             same = (self.pair_ids[place, None] == self.pair_ids[None]).any(dim=-1)
             together[:, : len(self.pair_ids)] = same
         together.diagonal(offset=place.start).fill_(True)
-        return together
+        if self.pair_ids is None or self.positives:
+            return together, None
+        left_out = together.clone()
+        left_out.diagonal(offset=place.start).fill_(False)
+        return together, left_out
 
 
 class _SigmoidLoss(torch.autograd.Function):
@@ -90,12 +97,17 @@ class _SigmoidLoss(torch.autograd.Function):
         image_grad, text_grad = (torch.zeros_like(side) if with_gradient else None for side in (images, texts))
         for place in settings.blocks(len(images)):
             cosines = images[place] @ texts.T
-            together = settings.belong_together(place, cosines.shape, cosines.device)
+            together, left_out = settings.belong_together(place, cosines.shape, cosines.device)
             logits = torch.addcmul(bias, cosines, scale)
-            total -= F.logsigmoid(torch.where(together, logits, -logits)).sum(dim=1).double().sum()
+            answers = F.logsigmoid(torch.where(together, logits, -logits))
+            if left_out is not None:
+                answers.masked_fill_(left_out, 0)
+            total -= answers.sum(dim=1).double().sum()
             if not with_gradient:
                 continue
             slopes = logits.sigmoid_().sub_(together.to(logits.dtype))
+            if left_out is not None:
+                slopes.masked_fill_(left_out, 0)
             torch.mm(slopes, texts, out=image_grad[place])
             text_grad.addmm_(slopes.T, images[place])
             bias_grad += slopes.sum(dim=1).double().sum()

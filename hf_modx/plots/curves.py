@@ -41,7 +41,7 @@ def draw_curves(runs: Mapping[str, Sequence[EvaluationMatrix]], path: Path, labe
         for recipe, matrices in runs.items():
             handles[recipe] = _draw_recipe(axes, matrices, test, looks[recipe])
         learned_at = first.learned_at[test]
-        place = None if learned_at is None else learned_at - (not first.has_initial_row)
+        place = learned_at - (not first.has_initial_row) if isinstance(learned_at, int) else None
         if place is not None and place >= 0:
             axes.axvline(place, color="dimgrey", linewidth=1, linestyle=":", zorder=1)
         axes.set_xlim(-0.3, len(names) - 0.7)

@@ -14,11 +14,19 @@ A protocol is a YAML file beside this one, or one of your own:
       - name: pairs                        # images with captions
         dataset: owner/other
         caption_column: caption
-        parts: 5                           # contiguous; each is a phase
+        parts: 5                           # contiguous; each is a phase. For other parts see `parts_of`
+      - name: months
+        dataset: owner/dated
+        time_column: date
+        period: month                      # a phase for each
+        test_fraction: 0.1                 # held out of each, in the place of a test split
+    tests: [...]                           # beside those of the phases, as in the files of `load_tests`
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +34,19 @@ import numpy as np
 from datasets import Dataset
 
 from ..callbacks.classification import class_pairs
-from ..evaluation.suite import EvaluationTest, RetrievalTest, ZeroShotTest
+from ..evaluation.suite import EvaluationTest, RetrievalTest, ZeroShotTest, declared_tests
 from ..files import read_yaml
 from ..load_data import load_table, require_columns, with_images
-from ..phases import Phase, PhaseStream
+from ..phases import Phase, PhaseStream, hold_out
 from ..prompts import TEMPLATES
+from .parts import OF_PARTS, PERIODS, parts_of
 
 FOLDER = Path(__file__).parent
 PROTOCOLS = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
-KEYS = {"title", "source", "notes", "settings", "phases"}
+KEYS = {"title", "source", "notes", "settings", "phases", "tests"}
 OF_ALL = {"name", "dataset", "test_dataset", "config", "train_split", "test_split", "image_column"}
-OF_LABELS = {"label_column", "templates", "class_names", "classes_per_phase"}
-OF_CAPTIONS = {"caption_column", "parts"}
+OF_LABELS = {"label_column", "templates", "class_names", "classes_per_phase", "first_classes"}
+OF_CAPTIONS = {"caption_column", "test_fraction"} | OF_PARTS
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class Protocol:
     Attributes:
         title, source, notes: for people.
         settings: flags of the main example.
-        phases: as in the file.
+        phases, tests: as in the file.
     """
 
     title: str
@@ -55,6 +64,7 @@ class Protocol:
     notes: tuple[str, ...]
     settings: dict[str, Any]
     phases: tuple[dict[str, Any], ...]
+    tests: tuple[dict[str, Any], ...] = ()
 
     def load(
         self,
@@ -67,7 +77,7 @@ class Protocol:
         """The stream, and the tests beside it, by name.
 
         Phases of labels are pairs of an image and the first template with its class's name, and a `ZeroShotTest` with
-        all templates. Phases of captions have a retrieval test, their parts one together.
+        all templates. Phases of captions have a retrieval test each, but for parts by number, which have one together.
 
         Args:
             data_root: a folder that holds every data set under its name, as `ROOT/owner/name`, in whatever form
@@ -89,6 +99,7 @@ class Protocol:
                     tests |= named
             except ValueError as error:
                 raise ValueError(f"Phase {entry['name']!r} of the protocol: {error}") from error
+        tests |= declared_tests(list(self.tests), self.title, partial(source_of, data_root=data_root))
         return PhaseStream(tuple(phases)), tests
 
 
@@ -106,12 +117,15 @@ def read_protocol(name: str | Path) -> Protocol:
         raise ValueError(f"{path} must hold a mapping with phases and, besides, {', '.join(sorted(KEYS))} alone.")
     for entry in content["phases"]:
         _check(entry, path)
+        if isinstance(entry.get("class_names"), str):
+            entry["class_names"] = read_yaml(path.parent / entry["class_names"])
     return Protocol(
         content.get("title", path.stem),
         content.get("source", ""),
         tuple(content.get("notes", ())),
         content.get("settings", {}),
         tuple(content["phases"]),
+        tuple(content.get("tests", ())),
     )
 
 
@@ -134,15 +148,25 @@ def _check(entry: Any, path: Path) -> None:
         raise ValueError(f"{path}: a phase needs a name and a dataset, got {entry!r}.")
     known = OF_ALL | (OF_LABELS if "label_column" in entry else OF_CAPTIONS)
     unknown = sorted(set(entry) - known)
+    where = f"{path}, phase {entry['name']!r}"
     if unknown:
-        raise ValueError(f"{path}, phase {entry['name']!r}: there is no {', '.join(unknown)}; {sorted(known)} are.")
+        raise ValueError(f"{where}: there is no {', '.join(unknown)}; {sorted(known)} are.")
+    for one, other in (("group_column", "time_column"), ("test_fraction", "test_split")):
+        if {one, other} <= set(entry):
+            raise ValueError(f"{where}: {one} does not go with {other}.")
+    if entry.get("period", "year") not in PERIODS or ("period" in entry and "time_column" not in entry):
+        raise ValueError(f"{where}: period is that of a time_column, one of {', '.join(PERIODS)}.")
+    if "label_column" in entry and entry.get("test_split", "test") is None:
+        raise ValueError(f"{where}: classes need a test_split.")
 
 
-def _tables(entry: Mapping[str, Any], data_root: str | Path | None) -> tuple[Dataset, Dataset]:
-    config = entry.get("config")
-    test_source = entry.get("test_dataset", entry["dataset"])
+def _tables(entry: Mapping[str, Any], data_root: str | Path | None) -> tuple[Dataset, Dataset | None]:
+    """The training table, and the test table where there is one."""
+    config, test_split = entry.get("config"), entry.get("test_split", "test")
     train = load_table(source_of(entry["dataset"], data_root), entry.get("train_split", "train"), config)
-    return train, load_table(source_of(test_source, data_root), entry.get("test_split", "test"), config)
+    if test_split is None or "test_fraction" in entry:
+        return train, None
+    return train, load_table(source_of(entry.get("test_dataset", entry["dataset"]), data_root), test_split, config)
 
 
 Made = Iterator[tuple[Phase, dict[str, EvaluationTest]]]
@@ -173,24 +197,32 @@ def _of_labels(entry: Mapping[str, Any], train: Dataset, test: Dataset, columns:
 def _groups(entry: Mapping[str, Any], classes: int) -> Iterator[tuple[str, range]]:
     """Name and class numbers of each phase."""
     size = entry.get("classes_per_phase", classes)
-    for number, start in enumerate(range(0, classes, size), start=1):
-        name = entry["name"] if size >= classes else f"{entry['name']} {number}"
-        yield name, range(start, min(start + size, classes))
+    starts = [0, *range(entry.get("first_classes", size), classes, size)]
+    for number, (start, end) in enumerate(pairwise([*starts, classes]), start=1):
+        yield entry["name"] if len(starts) == 1 else f"{entry['name']} {number}", range(start, end)
 
 
-def _of_captions(entry: Mapping[str, Any], train: Dataset, test: Dataset, columns: tuple[str, str, str]) -> Made:
+def _of_captions(
+    entry: Mapping[str, Any], train: Dataset, test: Dataset | None, columns: tuple[str, str, str]
+) -> Made:
     names = {entry.get("image_column", "image"): columns[0], entry.get("caption_column", "caption"): columns[1]}
     image, caption = names
     require_columns(train, "The training part", image_column=image, caption_column=caption)
-    train = _renamed(train.select_columns(list(names)), names, columns[0])
-    held_out = RetrievalTest(test, image, caption)
-    number = entry.get("parts", 1)
-    if number == 1:
-        yield Phase(entry["name"], train, held_out.with_columns(*columns)), {}
-        return
-    for part, rows in enumerate(np.array_split(np.arange(len(train)), number), start=1):
-        phase = Phase(f"{entry['name']} {part}", train.select(rows))
-        yield phase, {entry["name"]: replace(held_out, learned_at=phase.name)} if part == 1 else {}
+    parts = parts_of(entry, train, test)
+    pairs = _renamed(train.select_columns(list(names)), names, columns[0])
+    shared = None if test is None else RetrievalTest(test, image, caption)
+    for part in parts:
+        name = entry["name"] if len(parts) == 1 else f"{entry['name']} {part.name}"
+        rows = pairs if len(parts) == 1 else pairs.select(part.rows)
+        if shared is None:
+            yield hold_out(name, rows, entry.get("test_fraction", 0), seed=0), {}
+        elif len(parts) == 1:
+            yield Phase(name, rows, shared.with_columns(*columns)), {}
+        elif part.test_rows is not None:
+            own = shared.with_columns(*columns).select(part.test_rows) if len(part.test_rows) else None
+            yield Phase(name, rows, own), {}
+        else:
+            yield Phase(name, rows), {entry["name"]: replace(shared, learned_at=name)} if part is parts[0] else {}
 
 
 def _renamed(table: Dataset, names: Mapping[str, str], image_column: str) -> Dataset:

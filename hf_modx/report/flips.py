@@ -82,7 +82,7 @@ def flipped_tests(
     spans = {}
     for name, learned_at in zip(run.results["tests"], run.results["learned_at"], strict=True):
         if name in tests and last > 0:
-            spans[name] = (learned_at if learned_at is not None and learned_at < last else 0, last)
+            spans[name] = span_of(learned_at, last)
     tests = {name: _some_rows(dataset) for name, dataset in tests.items() if name in spans}
     first = _first_captions(run, tests, spans, batch_size)
     return [
@@ -90,6 +90,11 @@ def flipped_tests(
         for name, dataset in tests.items()
         if all((phase, name) in first for phase in spans[name])
     ]
+
+
+def span_of(learned_at: int | str | None, last: int) -> tuple[int, int]:
+    """The phases between which a test can be forgotten: from the one that teaches it (else the start) to the last."""
+    return (learned_at if isinstance(learned_at, int) and learned_at < last else 0, last)
 
 
 @dataclass(frozen=True)

@@ -76,15 +76,15 @@ def spread(values: Iterable[float | None]) -> str:
 
 def plasticity(matrix: EvaluationMatrix) -> float | None:
     """Mean of the tests right after the phase that teaches each: what the model can still learn."""
-    return _mean(matrix.at(phase, test) for test, phase in enumerate(matrix.learned_at) if phase)
+    taught = [(test, phase) for test, phase in enumerate(matrix.learned_at) if isinstance(phase, int)]
+    return _mean(matrix.at(phase, test) for test, phase in taught if phase > 0)
 
 
 def stability(matrix: EvaluationMatrix) -> float | None:
     """Mean of the last row over the tests that the base or a phase before the last has taught: what it keeps."""
     last = len(matrix.phases)
-    return _mean(
-        matrix.at(last, test) for test, phase in enumerate(matrix.learned_at) if phase is not None and phase < last
-    )
+    taught = [(test, phase) for test, phase in enumerate(matrix.learned_at) if isinstance(phase, int)]
+    return _mean(matrix.at(last, test) for test, phase in taught if phase < last)
 
 
 def mean_matrix(matrices: Sequence[EvaluationMatrix]) -> EvaluationMatrix:
@@ -99,7 +99,7 @@ def _measures(run: RecordedRun, metric: str) -> dict[str, Measure]:
     measures |= {"plasticity": lambda run: plasticity(run.matrix(metric))}
     measures |= {"stability": lambda run: stability(run.matrix(metric))}
     for test, (name, phase) in enumerate(zip(run.results["tests"], run.results["learned_at"], strict=True)):
-        if phase:
+        if isinstance(phase, int) and phase > 0:
             measures[f"{name}, after its phase"] = partial(_cell, metric, phase, test)
     for test, name in enumerate(run.results["tests"]):
         measures[f"{name}, end"] = partial(_cell, metric, len(run.results["phases"]), test)

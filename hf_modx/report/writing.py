@@ -11,15 +11,22 @@ from .page import render_page
 from .pictures import Picture, draw_comparison, draw_flips, draw_matrices
 from .tables import Comparison, Groups, compare, mean_matrix
 
-METRICS = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
+METRICS = (
+    "image_to_text_recall@1",
+    "text_to_image_recall@1",
+    "zero_shot_top1",
+    "cross_phase_text_to_image_recall@1",
+)
 TITLE = "Continual runs compared"
 
 
 def default_metrics(groups: Groups) -> list[str]:
-    """The headline metrics that some cell of the first run has; its first metric where there are none."""
+    """The headline metrics that all runs know and some cell of the first run has; its first metric where there are
+    none."""
     matrix = next(iter(groups.values()))[0].results["matrix"]
     measured = [name for name, rows in matrix.items() if any(value is not None for row in rows for value in row)]
-    return [name for name in METRICS if name in measured] or measured[:1] or list(matrix)[:1]
+    of_all = set(METRICS).intersection(*(run.results["matrix"] for runs in groups.values() for run in runs))
+    return [name for name in METRICS if name in of_all and name in measured] or measured[:1] or list(matrix)[:1]
 
 
 def write_report(

@@ -12,7 +12,7 @@ INPUTS = """
 Args:
     values: one row a phase, in their order, with the value of every test; None or NaN where it was not measured.
     learned_at: for each test the number of the phase that teaches it, 1 being the first; 0: known before; None: never
-        taught. Default: test i is taught by phase i + 1.
+        taught; "all": a union of the other tests, left out. Default: test i is taught by phase i + 1.
     has_initial_row: the first row was measured before the first phase.
 Returns:
     `average`, `last`, `backward_transfer`, `forgetting`, `transfer`, `forward_transfer`, `zero_shot_retention`; None

@@ -1,0 +1,74 @@
+"""Whether alpha means the same in batches of 128, 256 and 512: as it is, and with `reference_batch_size`.
+
+    python examples/study/batch_size.py --seeds 0,1,2
+
+Options are those of `run.py`, whose entries of the set `batch` it runs on the domain stream, in pieces that can be
+interrupted and taken up again. All runs of a seed start from the same base and take equally many steps. The output
+folder gets `batch_size.md`: forgetting and plasticity, and how far the batch sizes are apart.
+"""
+
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+STUDY = Path(__file__).resolve().parent
+sys.path.insert(0, str(STUDY))
+
+import run  # noqa: E402
+import tables  # noqa: E402
+
+from hf_modx.files import write_text  # noqa: E402
+from hf_modx.markdown import escaped, table  # noqa: E402
+
+DEFAULTS = {"--recipes": "batch", "--streams": "domain", "--output_dir": "runs/study-batch"}
+GROUPS = {
+    "fine-tuning": ("finetune-b128", "finetune-b256", "finetune-b512"),
+    "plain alpha": ("modx-b128", "modx-b256", "modx-b512"),
+    "reference_batch_size 128": ("modx-b128", "modx-ref128-b256", "modx-ref128-b512"),
+}
+SIZES = (128, 256, 512)
+
+
+def main(argv: Sequence[str]) -> int:
+    argv = [*(word for pair in DEFAULTS.items() if pair[0] not in argv for word in pair), *argv]
+    options, _ = run.parse(argv)
+    status = run.main(argv)
+    report = batch_table(tables.read_cells(options.output_dir))
+    write_text(options.output_dir / "batch_size.md", report)
+    print(report)
+    return status
+
+
+def batch_table(cells: Sequence[tables.Cell]) -> str:
+    """Markdown: forgetting and plasticity by batch size, and the largest difference beside the largest spread."""
+    finished = tables.finished(cells)
+    rows = []
+    for group, recipes in GROUPS.items():
+        if any(recipe not in finished for recipe in recipes):
+            continue
+        for measure in ("forgetting", "plasticity"):
+            values = [
+                [tables.measures(cell.results, tables.METRIC)[measure] for cell in finished[recipe].values()]
+                for recipe in recipes
+            ]
+            means = [statistics.mean(of_size) for of_size in values]
+            apart = f"{100 * (max(means) - min(means)):.1f}"
+            rows.append([escaped(group), measure, *map(written, values), apart, spread(values)])
+    header = ["alpha", "in percent", *(f"batch {size}" for size in SIZES), "apart", "largest spread"]
+    return table(header, rows) + "\n"
+
+
+def written(values: Sequence[float]) -> str:
+    deviation = f" \u00b1 {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def spread(by_size: Sequence[Sequence[float]]) -> str:
+    """The largest standard deviation over seeds."""
+    deviations = [statistics.stdev(values) for values in by_size if len(values) > 1]
+    return f"{100 * max(deviations):.1f}" if deviations else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,122 @@
+"""Which tests of a run its retention budget is about."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from .beside_model import LOSS_CALLBACKS_NAME
+from .callbacks import LossCallback, RetentionBudget
+from .callbacks.retention import STOPPED
+from .evaluation.suite import EvaluationTest, RetrievalTest
+from .load_data import load_table
+from .training_args import ModXTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+def retention_budget(args: ModXTrainingArguments) -> list[LossCallback]:
+    """The callback that the arguments ask for, or none."""
+    if args.max_forgetting is None:
+        return []
+    return [RetentionBudget(args.max_forgetting, args.on_forgetting, args.retention_steps, args.retention_metric)]
+
+
+def stopped_early(checkpoint: str | os.PathLike) -> bool:
+    """Whether a budget had ended the phase at the step of this checkpoint."""
+    with safe_open(Path(checkpoint, LOSS_CALLBACKS_NAME), "pt") as state:
+        found = [name for name in state.keys() if name.endswith(f".{RetentionBudget.__name__}.{STOPPED}")]  # noqa: SIM118
+        return any(state.get_tensor(name).item() > 0 for name in found)
+
+
+class RetentionTests:
+    """The tests that the budget of each phase is about; nothing where no budget is among the callbacks.
+
+    Args:
+        callbacks: of the run.
+        asked: names of tests, comma-separated; None: in each phase the tests of what was learned before it.
+        learned_at: name -> the phase that teaches the test, 0 being the base; no number: none does alone.
+        phases: their number.
+
+    Raises:
+        ValueError: there is no such test, or no phase has an old test.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[LossCallback],
+        asked: str | None,
+        learned_at: Mapping[str, int | str | None],
+        phases: int,
+    ):
+        self.budgets = [callback for callback in callbacks if isinstance(callback, RetentionBudget)]
+        self.asked = None if asked is None else names_of(asked)
+        self.learned_at = learned_at
+        if self.budgets:
+            self._check(phases)
+
+    def _check(self, phases: int) -> None:
+        unknown = [name for name in self.asked or () if name not in self.learned_at]
+        if unknown:
+            raise ValueError(
+                f"There is no test {', '.join(map(repr, unknown))} (retention_dataset). The tests are: "
+                f"{', '.join(self.learned_at)}."
+            )
+        if not any(self.of_phase(number) for number in range(1, phases + 1)):
+            raise ValueError(
+                "max_forgetting needs something that can be forgotten: no phase has a test of what was learned before "
+                "it. Name one of the tests, or a data set, in retention_dataset."
+            )
+
+    def of_phase(self, number: int) -> list[str]:
+        """Names of the tests."""
+        if self.asked is not None:
+            return self.asked
+        return [
+            name for name, learned_at in self.learned_at.items() if isinstance(learned_at, int) and learned_at < number
+        ]
+
+    def watch(self, number: int, tests: Mapping[str, Any]) -> None:
+        """Let the budget be about the tests of a phase, of all tests by name."""
+        watched = self.of_phase(number)
+        if self.budgets and not watched:
+            logger.warning("Phase %d has no test of what was learned before it: its budget promises nothing.", number)
+        for budget in self.budgets:
+            budget.tests = {name: tests[name] for name in watched}
+
+
+def load_retention_tests(args: ModXTrainingArguments, known: Sequence[str]) -> dict[str, EvaluationTest]:
+    """Tests of the data sets that `args.retention_dataset` names beside the known tests: retrieval in the columns of
+    the arguments, on the split "test". The argument then names these tests.
+
+    Raises:
+        ValueError: it names neither a test nor a data set with these columns.
+    """
+    found: dict[str, EvaluationTest] = {}
+    names = []
+    for asked in names_of(args.retention_dataset or ""):
+        name = asked if asked in known else Path(asked).name
+        names.append(name)
+        if name not in known:
+            found[name] = _load(asked, args, known)
+    args.retention_dataset = ",".join(names) or None
+    return found
+
+
+def names_of(listed: str) -> list[str]:
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
+def _load(source: str, args: ModXTrainingArguments, known: Sequence[str]) -> RetrievalTest:
+    try:
+        table = load_table(source, "test")
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"retention_dataset: {source!r} is no test of the run ({', '.join(known)}), and no data set with a split "
+            f'"test": {error}'
+        ) from error
+    pair_ids = args.pair_id_column if args.pair_id_column in table.column_names else None
+    return RetrievalTest(table, args.image_column, args.caption_column, pair_ids)

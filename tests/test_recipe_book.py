@@ -1,0 +1,211 @@
+"""The recipe book: each configuration runs and does what its recipe promises, and each command that is written down
+has arguments that exist."""
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, DatasetDict
+from transformers import CLIPModel
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import own_callback  # noqa: E402
+
+from hf_modx import ModXTrainer, Phase, PhaseStream, build_recipe  # noqa: E402
+from hf_modx.data import PairCollator  # noqa: E402
+
+import continual_clip  # noqa: E402
+from launch import launch  # noqa: E402
+from tiny import SHAPES, tiny_clip, tiny_pairs  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """The example would take all cores of this process, and processes forked off threads hang."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.fixture
+def start(model, processor, tmp_path):
+    """The tiny model as a folder."""
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+@pytest.fixture
+def cook(start, tmp_path):
+    """Run the example with a configuration on the tiny model for a few steps; returns the folder of the run."""
+
+    def cook(*flags, steps: int = 2):
+        out = tmp_path / "out"
+        quick = ["--max_steps", str(steps), "--logging_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
+        continual_clip.main([*flags, "--model_name_or_path", start, *quick, "--output_dir", str(out)])
+        return out
+
+    return cook
+
+
+def config(name: str) -> str:
+    return str(EXAMPLES / name)
+
+
+def results(run: Path) -> dict:
+    return json.loads((run / "results.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return CLIPModel.from_pretrained(folder).state_dict()
+
+
+def written_at(run: Path, phase: int) -> int:
+    return (run / f"phase-{phase}" / "model.safetensors").stat().st_mtime_ns
+
+
+def test_next_month_s_pictures_are_all_that_the_catalogue_learns_anew(cook, tmp_path):
+    months = tiny_pairs(48).add_column("month", [month for month in ("may", "june", "july") for _ in range(16)])
+    data = tmp_path / "catalogue.parquet"
+    months.select(range(32)).to_parquet(data)
+    run = cook(config("monthly_catalogue.yaml"), "--dataset_name", str(data))
+    before = [written_at(run, phase) for phase in range(3)]
+    months.to_parquet(data)
+    cook(config("monthly_catalogue.yaml"), "--dataset_name", str(data))
+    assert [written_at(run, phase) for phase in range(3)] == before
+    assert results(run)["phases"] == ["may", "june", "july"]
+    assert len(results(run)["matrix"]["image_to_text_recall@1"]) == 4
+
+
+def test_domain_is_learned_half_way_and_the_zero_shot_test_measured_before_and_after(cook, tmp_path):
+    """Half-way between the old weights and those without `wise_ft`, and what that has kept is in the results."""
+    tiny_pairs(16, style="other").to_parquet(tmp_path / "domain.parquet")
+    tests = yaml.safe_load((EXAMPLES / "keep_zero_shot_tests.yaml").read_text())
+    things = tiny_pairs(8, start=16).rename_column("image", "img")
+    things = things.add_column("fine_label", [row["caption"][0].split()[-1] for row in things])
+    DatasetDict(test=things.cast_column("fine_label", ClassLabel(names=sorted(SHAPES)))).save_to_disk(tmp_path / "d")
+    declared = tmp_path / "tests.yaml"
+    declared.write_text(yaml.safe_dump([{**test, "dataset": str(tmp_path / "d")} for test in tests]))
+    flags = [config("keep_zero_shot.yaml"), "--dataset_name", str(tmp_path / "domain.parquet")]
+    run = cook(*flags, "--tests", str(declared))
+    zero_shot = results(run)["matrix"]["zero_shot_top1"]
+    assert [row[-1] is not None for row in zero_shot] == [True, True]
+    old, half = weights(run / "phase-0"), weights(run / "phase-1")
+    run.rename(tmp_path / "half")
+    whole = weights(cook(*flags, "--recipe", "modx", "--recipe_args", '{"alpha": 2}') / "phase-1")
+    assert any(not torch.equal(old[name], whole[name]) for name in old)
+    for name in old:
+        torch.testing.assert_close(half[name], (old[name] + whole[name]) / 2, atol=1e-6, rtol=0)
+
+
+def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path):
+    for name, start in (("my_flowers", 0), ("my_birds", 24)):
+        kinds = tiny_pairs(24, start=start)
+        shapes = [row["caption"][0].split()[-1] for row in kinds]
+        kinds = kinds.remove_columns(["caption", "pair_id"]).add_column("label", shapes)
+        kinds = kinds.cast_column("label", ClassLabel(names=list(dict.fromkeys(shapes))))
+        DatasetDict(kinds.train_test_split(6, seed=0)).save_to_disk(tmp_path / name)
+    tiny_pairs(12, shift=2).save_to_disk(tmp_path / "reference_pairs")
+    run = cook("--protocol", config("labels.yaml"), "--data_root", str(tmp_path))
+    assert results(run)["phases"] == ["flowers", "birds"]
+    after_flowers, after_birds = results(run)["matrix"]["zero_shot_top1"][1:]
+    assert None not in after_flowers + after_birds
+    terms = results(run)["training"][0]["log"]
+    assert {"classification", "reference_images", "reference_texts"} <= set(terms) and "contrastive" not in terms
+
+
+def test_adapters_are_trained_and_merged_and_the_rest_of_the_model_stays_as_it_was(cook, tmp_path):
+    tiny_pairs(32).to_parquet(tmp_path / "pairs.parquet")
+    flags = [config("lora_one_gpu.yaml"), "--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "2"]
+    run = cook(*flags)
+    old, new = weights(run / "phase-0"), weights(run / "phase-2")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    adapted = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
+    assert changed == {name for name in old if name.endswith(adapted)}
+
+
+def test_one_adapter_a_phase_leaves_the_base_out(cook, tmp_path):
+    """What the configuration offers in its last line."""
+    tiny_pairs(16).to_parquet(tmp_path / "pairs.parquet")
+    data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "1"]
+    run = cook(config("lora_one_gpu.yaml"), *data, "--lora_merge", "false", steps=1)
+    assert (run / "phase-1" / "adapter_model.safetensors").exists()
+    assert not (run / "phase-1" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_eight_gpus_are_eight_processes_of_one_batch(cook, tmp_path):
+    """Two processes of a CPU in their place."""
+    processes = yaml.safe_load((EXAMPLES / "accelerate_configs" / "ddp_8_gpus_bf16.yaml").read_text())["num_processes"]
+    per_process = yaml.safe_load((EXAMPLES / "eight_gpus.yaml").read_text())["per_device_train_batch_size"]
+    assert (processes, processes * per_process) == (8, 4096)
+    tiny_pairs(32).to_parquet(tmp_path / "pairs.parquet")
+    data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "1"]
+    more = ["--dataloader_num_workers", "0", "--image_cache", str(tmp_path / "images")]
+    launch(2, cook, config("eight_gpus.yaml"), *data, *more)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["processes"] == 2
+    assert list((tmp_path / "images").iterdir())
+
+
+def test_without_a_network_nothing_is_asked_for(cook, tmp_path, monkeypatch):
+    def no_network(*address):
+        raise AssertionError(f"asked for {address}")
+
+    tiny_pairs(32).to_parquet(tmp_path / "pairs.parquet")
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    flags = [config("no_network.yaml"), "--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "2"]
+    run = cook(*flags)
+    assert (run / "phase-2" / "README.md").exists() and len(results(run)["training"]) == 2
+
+
+# ---- A loss callback of one's own ----
+
+
+def text_embeds(model, processor):
+    tokens = PairCollator.for_model(model, processor).tokens([f"a {shape}" for shape in SHAPES])
+    with torch.no_grad():
+        return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+
+
+def test_own_callback_holds_the_texts_where_they_were(processor, pairs, make_args):
+    def cosine_to_start(recipe):
+        model = tiny_clip(processor)
+        before = text_embeds(model, processor)
+        trainer = ModXTrainer(
+            model=model,
+            args=make_args(),
+            train_dataset=pairs,
+            processing_class=processor,
+            loss_callbacks=build_recipe(recipe),
+        )
+        trainer.train()
+        cosines = (before * text_embeds(trainer.model, processor)).sum(dim=-1)
+        return cosines.min().item(), trainer.state.log_history[0]
+
+    free, _ = cosine_to_start(["finetune"])
+    held, logged = cosine_to_start(["finetune", own_callback.TextAnchor(weight=50.0)])
+    assert 1 - held < (1 - free) / 2
+    assert logged["loss"] == pytest.approx(logged["contrastive"] + logged["text_anchor"], rel=1e-3)
+    assert "text_angle" in logged
+
+
+def test_own_callback_s_script_prints_the_matrix(tmp_path, monkeypatch, capsys):
+    parts = [tiny_pairs(16, start=16 * part) for part in range(2)]
+    known, new = (
+        Phase(f"part {k}", part.select(range(12)), part.select(range(12, 16))) for k, part in enumerate(parts)
+    )
+    monkeypatch.setattr(own_callback, "demo_stream", lambda seed: PhaseStream((new,), base=known))
+    flags = ["--max_steps", "1", "--base_max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
+    own_callback.main([*flags, "--weight", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out")])
+    assert "| part 1 |" in capsys.readouterr().out
+    identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    assert identity["recipe_args"]["TextAnchor"]["weight"] == 2
