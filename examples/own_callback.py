@@ -1,11 +1,11 @@
-"""A loss callback of your own: new data must not move the texts.
+"""A loss callback of your own: which images resemble each other must not change.
 
     python examples/own_callback.py
-    python examples/own_callback.py --weight 20 --max_steps 60
+    python examples/own_callback.py --weight 100 --max_steps 60 --output_dir runs/relations-100
 
-Who keeps an index of texts, of tags or of the questions that were asked, has to build it anew after every phase, unless
-the texts stay where they are and the images come to them. `TextAnchor` sees to that, beside plain fine-tuning on the
-built-in stream. All flags of `ModXTrainingArguments` are taken; another weight wants another `--output_dir`.
+"More like this" is a search from image to image, and no term of a contrastive loss looks at it. `ImageRelations` keeps
+the cosines between the images of a batch as the old model has them, beside plain fine-tuning on the built-in stream.
+All flags of `ModXTrainingArguments` are taken; another weight wants another `--output_dir`.
 """
 
 import sys
@@ -19,42 +19,44 @@ from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.yaml_arguments import parse_arguments
 
 
-class TextAnchor(LossCallback):
-    """`weight * mean_i (1 - <l_i, l'_i>)` with l the unit-norm text embeddings of the student and l' those of the model
-    after the phase before.
+class ImageRelations(LossCallback):
+    """`weight * mean_ij (<v_i, v_j> - <v'_i, v'_j>)^2` with v the unit-norm image embeddings of the student and v'
+    those of the model after the phase before. A rotation of all of them costs nothing (after Park et al., "Relational
+    Knowledge Distillation", CVPR 2019, who compare distances and angles).
 
     Args:
         weight: >= 0.
 
-    Logs `text_anchor` (weighted) and `text_angle`, the mean angle in degrees between a text's two embeddings.
+    Logs `image_relations` (weighted) and `cosines_moved`, the root of the mean square, in [0, 2].
     """
 
     needs_teacher = True
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float = 20.0):
         if weight < 0:
-            raise ValueError(f"The weight of TextAnchor must not be negative, got {weight}.")
+            raise ValueError(f"The weight of ImageRelations must not be negative, got {weight}.")
         self.weight = weight
 
     def loss_terms(
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
-        cosines = (student.text * teacher.text).sum(dim=-1)
-        context.report("text_angle", cosines.detach().clamp(-1, 1).arccos().rad2deg().mean())
-        return {"text_anchor": self.weight * (1 - cosines).mean()}
+        moved = student.image @ student.image.T - teacher.image @ teacher.image.T
+        mean_square = moved.square().mean()
+        context.report("cosines_moved", mean_square.sqrt())
+        return {"image_relations": self.weight * mean_square}
 
 
 @dataclass
-class AnchorArguments:
-    weight: float = field(default=5.0, metadata={"help": "Of the anchor."})
+class RelationArguments:
+    weight: float = field(default=20.0, metadata={"help": "Of the term."})
     base_max_steps: int = field(default=BASE_MAX_STEPS, metadata={"help": "Steps of the small CLIP before phase 1."})
 
 
 def main(argv: list[str]) -> EvaluationMatrix:
-    defaults = {"output_dir": "runs/text_anchor", **DEMO_DEFAULTS}
-    anchor, args = parse_arguments([AnchorArguments, ModXTrainingArguments], argv, lambda *_: defaults)
-    recipe = ["finetune", TextAnchor(anchor.weight)]
-    matrix = ContinualRun(demo_stream(args.seed), recipe, args, base_max_steps=anchor.base_max_steps).run()
+    defaults = {"output_dir": "runs/image_relations", **DEMO_DEFAULTS}
+    relations, args = parse_arguments([RelationArguments, ModXTrainingArguments], argv, lambda *_: defaults)
+    recipe = ["finetune", ImageRelations(relations.weight)]
+    matrix = ContinualRun(demo_stream(args.seed), recipe, args, base_max_steps=relations.base_max_steps).run()
     print(matrix.to_markdown())
     return matrix
 

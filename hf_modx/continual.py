@@ -38,7 +38,7 @@ from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
 from .hub_run import RunOnHub
-from .identity import changes, run_identity, weights_fingerprint
+from .identity import refused_changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
 from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
@@ -48,6 +48,7 @@ from .provenance import adapter_base, data_source, environment, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .retention_of_run import RetentionTests, retention_budget, stopped_early
+from .rollback import history_in_words, refuse_unfinished_rollback, reopen
 from .run_folder import (
     MEMORY,
     RECORD,
@@ -56,6 +57,7 @@ from .run_folder import (
     forget_start,
     has_trained,
     last_complete_checkpoint,
+    last_trained,
     phase_folder,
     state_file,
 )
@@ -152,9 +154,8 @@ class ContinualRun:
         checks = StreamChecks(args)
         self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
         self.tests = self.stream.tests()
-        self.retention = RetentionTests(
-            self.loss_callbacks, args.retention_dataset, self._learned_at(), len(self.stream)
-        )
+        learned_at = self._learned_at()
+        self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
@@ -285,11 +286,12 @@ class ContinualRun:
 
     def _refuse_other_run(self) -> None:
         """Raise unless the folder is free, holds the same run, or one that has trained nothing yet."""
+        refuse_unfinished_rollback(self.folder)
         before = read_json(self.folder / RECORD)
         if before is None and self.phase_folder(0).exists():
             raise ValueError(f"{self.folder} holds phases but no run.json. Choose another output_dir.")
         is_begun = before is not None and has_trained(self.folder)
-        differences = changes(before["identity"], self.identity) if is_begun else []
+        differences = refused_changes(before, self.identity, last_trained(self.folder)) if is_begun else []
         if differences:
             raise ValueError(
                 f"{self.folder} holds a different run: {'; '.join(differences)}. Choose another output_dir, or give "
@@ -310,6 +312,7 @@ class ContinualRun:
             self.identity["start"] = weights_fingerprint(self.model)
             self._refuse_other_run()
         fresh = self.model is not None and not is_on_hub and not has_trained(self.folder)
+        self._ids |= on_main_process(lambda: reopen(self.folder, self.identity, self._keepers()))
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -338,7 +341,8 @@ class ContinualRun:
     def _own_ids(self) -> dict[str, str]:
         """Which run this is, and which of its copies: a run that goes on elsewhere keeps its `run_id`."""
         before = read_json(self.folder / RECORD) or {}
-        return {name: before.get(name) or uuid.uuid4().hex for name in ("run_id", "writer")}
+        kept = {name: before[name] for name in ("rolled_back_to", "history") if name in before}
+        return {name: before.get(name) or uuid.uuid4().hex for name in ("run_id", "writer")} | kept
 
     def _record(self) -> dict[str, Any]:
         """What run.json holds."""
@@ -647,6 +651,7 @@ class ContinualRun:
             },
             **self.notes.results(number, self.label_tests),
             **self._disorder_results(number),
+            **history_in_words(self._ids.get("history", []), self.identity, number),
         }
 
     def _disorder_results(self, number: int) -> dict[str, Any]:

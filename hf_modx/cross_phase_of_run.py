@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from .evaluation.cross_phase import CROSS_PHASE_METRICS, PREFIX, cross_phase_metrics
 from .evaluation.encoding import EncodedPairs

@@ -14,6 +14,7 @@ what an upload brought is looked at again before it counts.
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -37,7 +38,7 @@ from huggingface_hub.hf_api import RepoFile
 
 from .files import as_json, read_json, write_json
 from .hub_faults import HubAccessError, HubError, RepositoryConflict, insist, limit_silence
-from .identity import changes
+from .identity import refused_changes
 from .run_folder import RECORD
 
 logger = logging.getLogger(__name__)
@@ -172,7 +173,7 @@ class HubPublisher:
         if self._lock is not None:
             self._lock.release()
 
-    def claim(self, record: Mapping[str, Any], *, is_new: bool) -> str:
+    def claim(self, record: Mapping[str, Any], *, is_new: bool, goes_back: bool = False) -> str:
         """Make the repository, if there is none, and this folder its writer; the commit proves that the token may
         write.
 
@@ -182,6 +183,7 @@ class HubPublisher:
         Args:
             record: `run_id`, `writer` and `identity` of the run, to become `run.json`.
             is_new: nothing is trained in the folder.
+            goes_back: to take back phases of the folder's own run, whatever their settings.
 
         Returns:
             The `run_id` that counts: that of the run on the Hub where there is one.
@@ -194,7 +196,7 @@ class HubPublisher:
         self._claim = {"record": record, "is_new": is_new}
         self.check_access()
         try:
-            self._become_writer(record, is_new)
+            self._become_writer(record, is_new, goes_back)
         except (HubError, RepositoryConflict) as error:
             self._main = None
             if getattr(error, "status", None) in (401, 403):
@@ -204,11 +206,14 @@ class HubPublisher:
         self._remember()
         return self._claim["record"]["run_id"]
 
-    def _become_writer(self, record: Mapping[str, Any], is_new: bool) -> None:
+    def _become_writer(self, record: Mapping[str, Any], is_new: bool, goes_back: bool) -> None:
         heads, tags = self._insist(self._references_or_create)
         found = self._record_at(heads["main"])
         self.on_hub = _complete(tags)
         self._refuse_others(found, record, is_new, {*heads, *tags} - {"main"}, heads["main"])
+        if found is not None and not goes_back:
+            self._refuse_unfinished_rollback(found, {*heads.values(), *tags.values()})
+            self._refuse_other_settings(found, record)
         if found is not None:
             self._main_phase = found.get("phase")
             record = {**record, "run_id": found["run_id"], "phase": self._main_phase}
@@ -235,9 +240,25 @@ class HubPublisher:
             if is_same:
                 raise RepositoryConflict(self._overtaken())
             raise RepositoryConflict(f"{self.repo_id} holds another run than {self.folder}. {other}")
-        differences = changes(found["identity"], record["identity"]) if self.on_hub or not is_same else []
+
+    def _refuse_other_settings(self, found: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+        if not self.on_hub and found["run_id"] == record["run_id"]:
+            return
+        last = max(self.on_hub, default=0)
+        if last > (found.get("phase") or 0):  # main is behind: a phase may have begun with settings it does not know
+            found = self._record_at(self.on_hub[last]) or found
+        differences = refused_changes(found, record["identity"], last)
         if differences:
-            raise RepositoryConflict(f"{self.repo_id} holds a different run: {'; '.join(differences)}. {other}")
+            raise RepositoryConflict(
+                f"{self.repo_id} holds a different run: {'; '.join(differences)}. Choose another hub_model_id."
+            )
+
+    def _refuse_unfinished_rollback(self, found: Mapping[str, Any], named: set[str]) -> None:
+        if named & set(found.get("undone", ())):
+            raise RepositoryConflict(
+                f"A rollback of {self.repo_id} was interrupted. Finish it in the folder where it was begun: hf-modx "
+                f"rollback RUN --to phase-{found['rolled_back_to']}"
+            )
 
     def _overtaken(self) -> str:
         return (
@@ -316,6 +337,44 @@ class HubPublisher:
             self._bring("main", revision.files, revision.title)
             self._main_phase = revision.number
             self._remember(main=revision.number)
+
+    def go_back(self, revision: Revision) -> None:
+        """Make a phase the newest one again: main gets it in a commit of its own, and the tags and branches of later
+        phases are removed, the last first. Can be repeated. Main's commit names the commits that are given up: until
+        no branch and no tag has one of them, nobody can go on with the run.
+
+        Args:
+            revision: of the phase, with `run.json`. Where it is not published, only that comes to main.
+
+        Raises:
+            RepositoryConflict: another folder has become the writer.
+            HubError: the Hub refuses it, or does not answer.
+        """
+        heads, tags = self._look()
+        later = sorted({k for name in (*heads, *tags) if (k := _phase_of(name)) > revision.number}, reverse=True)
+        is_published = revision.number in self.on_hub
+        main = self._record_at(heads["main"]) or {}
+        kept = {commit for name, commit in {**heads, **tags}.items() if 0 <= _phase_of(name) <= revision.number}
+        undone = {commit for name, commit in [*heads.items(), *tags.items()] if _phase_of(name) in later} - kept
+        if main.get("rolled_back_to") == revision.number:
+            undone |= set(main.get("undone", ()))
+        phase = revision.number if is_published else main.get("phase")
+        record = {**self._claim["record"], "phase": phase, "undone": sorted(undone)}
+        files = {**(revision.files if is_published else {}), RECORD: as_json(record).encode()}
+        self._bring("main", files, revision.title, "" if is_published else None)
+        for number in later:
+            self._insist(partial(self._remove, number))
+        self.published = {k: commit for k, commit in self.published.items() if k <= revision.number}
+        self._main_phase = phase
+        self._remember(main=phase)
+
+    def _remove(self, number: int) -> None:
+        """The tag of a phase, and then its branch."""
+        heads, tags = self._look()
+        if _tag(number) in tags:
+            self.api.delete_tag(self.repo_id, tag=_tag(number))
+        if f"phase-{number}" in heads:
+            self.api.delete_branch(self.repo_id, branch=f"phase-{number}")
 
     def push_checkpoint(self, revision: Revision) -> None:
         """Bring a checkpoint inside a phase to the branch of that phase. What fails is logged and not repeated: the
@@ -490,6 +549,12 @@ class HubPublisher:
 def _tag(number: int) -> str:
     # Not the branch's name: a branch and a tag of one name would be ambiguous.
     return f"phase-{number}-final"
+
+
+def _phase_of(name: str) -> int:
+    """The phase that a branch or a tag is named after; -1: none."""
+    match = re.fullmatch(r"phase-(\d+)(-final)?", name)
+    return int(match[1]) if match else -1
 
 
 def _complete(tags: Mapping[str, str]) -> dict[int, str]:

@@ -169,17 +169,7 @@ class RunOnHub:
 
     def revision(self, number: int, parent: int | None, title: str, **contents: Any) -> Revision:
         """All files of a phase's folder, and `contents` as JSON: run for run.json, results for results.json."""
-        folder = phase_folder(self.folder, number)
-        files = {
-            path.relative_to(folder).as_posix(): path
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and not path.name.endswith(".tmp")
-        }
-        state = state_file(self.folder, number)
-        if number > 0 and files and state.exists():  # that of phase 0 is made anew
-            files[LOSS_CALLBACKS_NAME] = state
-        jsons = {f"{name}.json": as_json(content).encode() for name, content in contents.items()}
-        return Revision(number, parent, " ".join(title.split()), files | jsons)
+        return revision_of_phase(self.folder, number, parent, title, **contents)
 
     def checkpoint_callbacks(self, number: int, parent: int, record: Mapping[str, Any]) -> list[TrainerCallback]:
         """What publishes the checkpoints inside a phase, where `hub_strategy` asks for it."""
@@ -212,6 +202,21 @@ class RunOnHub:
             )
             error.missing = publisher.missing
             raise error
+
+
+def revision_of_phase(run: Path, number: int, parent: int | None, title: str, **contents: Any) -> Revision:
+    """See `RunOnHub.revision`, of the run in a folder."""
+    folder = phase_folder(run, number)
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.endswith(".tmp")
+    }
+    state = state_file(run, number)
+    if number > 0 and files and state.exists():  # that of phase 0 is made anew
+        files[LOSS_CALLBACKS_NAME] = state
+    jsons = {f"{name}.json": as_json(content).encode() for name, content in contents.items()}
+    return Revision(number, parent, " ".join(title.split()), files | jsons)
 
 
 class PushCheckpoints(TrainerCallback):

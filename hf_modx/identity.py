@@ -92,25 +92,55 @@ def is_adapter(identity: Mapping[str, Any], number: int) -> bool:
     return number > 0 and settings.get("peft") is not None and not settings["lora_merge"]
 
 
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two identities, in words; more phases at the end are no difference."""
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | None = None) -> list[str]:
+    """What differs between two identities, in words; more phases at the end are no difference.
+
+    Args:
+        settled: a phase up to which alone the two must agree, as after a rollback to it: settings, recipe, and the
+            data of later phases and of their tests may differ.
+    """
+    found = [] if settled is not None else setting_changes(before, now)
+    for name in ("base_max_steps", "start", "base"):
+        if name in before and name in now and before[name] != now[name]:
+            found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
+    kept, later = before["phases"][:settled], before["phases"][len(before["phases"][:settled]) :]
+    if len(kept) > len(now["phases"]):
+        found.append(f"it has {len(kept)} phases and {len(now['phases'])} are given")
+    for number, (old, new) in enumerate(zip(kept, now["phases"], strict=False), start=1):
+        if old != new:
+            found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
+    free = {phase["name"] for phase in later}
+    for name, old in before.get("tests", {}).items():
+        if old != now["tests"].get(name, old) and name not in free:
+            found.append(f"the test {name!r} had other data")
+    return found
+
+
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How recipe, options and hyper-parameters of two identities differ, in words."""
     found = []
-    for name in ("recipe", "recipe_args", "base_max_steps", "start", "base"):
+    for name in ("recipe", "recipe_args"):
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():
         old = before["hyperparameters"].get(name, BEFORE_THERE_WAS_A_CHOICE.get(name))
         if old != value:
             found.append(f"{name} was {old!r} and is {value!r}")
-    if len(before["phases"]) > len(now["phases"]):
-        found.append(f"it has {len(before['phases'])} phases and {len(now['phases'])} are given")
-    for number, (old, new) in enumerate(zip(before["phases"], now["phases"], strict=False), start=1):
-        if old != new:
-            found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
-    for name, old in before.get("tests", {}).items():
-        if old != now["tests"].get(name, old):
-            found.append(f"the test {name!r} had other data")
     return found
+
+
+def refused_changes(record: Mapping[str, Any], now: Mapping[str, Any], trained: int) -> list[str]:
+    """What differs between a run as run.json knows it and a start of it, and must not: all, or after a rollback only
+    what concerns the phases before.
+
+    Args:
+        record: the content of run.json; `rolled_back_to` is the phase of a rollback.
+        now: the identity of the start.
+        trained: the last phase of which something is trained.
+    """
+    settled = record.get("rolled_back_to")
+    is_open = settled is not None and trained <= settled
+    return changes(record["identity"], now, settled if is_open else None)
 
 
 def weights_fingerprint(model: nn.Module) -> str:

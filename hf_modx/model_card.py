@@ -177,7 +177,7 @@ def phase_card(
         scores=_scores_table(results, number),
         disorder=_disorder_table(results, number),
         lineage=_lineage(identity, results.get("model", {})),
-        recipe=f"Recipe {escaped(results['recipe'])}." if number else "",
+        recipe=_recipe(results, number) if number else "",
         phases=_phases_table(identity, results, number),
         retention=retention_notes(results, number),
         options=_options_table(recipe_args),
@@ -446,6 +446,16 @@ def _lineage(identity: Mapping[str, Any], model: Mapping[str, Any]) -> str:
 
 def _training(results: Mapping[str, Any], number: int) -> Mapping[str, Any]:
     return results["training"][number - 1] or {}
+
+
+def _recipe(results: Mapping[str, Any], number: int) -> str:
+    """Its name, and what was changed on the way: after a rollback a run may go on with other settings."""
+    changed = [
+        f"Other settings held up to phase {entry['until_phase']}: {escaped('; '.join(entry['changes']))}."
+        for entry in results.get("changed_settings", [])
+        if entry["until_phase"] < number
+    ]
+    return " ".join([f"Recipe {escaped(results['recipe'])}.", *changed])
 
 
 def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> str:

@@ -12,10 +12,12 @@ from .beside_model import LOSS_CALLBACKS_NAME
 from .callbacks import LossCallback, RetentionBudget
 from .callbacks.retention import STOPPED
 from .evaluation.suite import EvaluationTest, RetrievalTest
-from .load_data import load_table
+from .load_data import load_splits
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
+
+SPLIT = "test"
 
 
 def retention_budget(args: ModXTrainingArguments) -> list[LossCallback]:
@@ -90,7 +92,7 @@ class RetentionTests:
 
 def load_retention_tests(args: ModXTrainingArguments, known: Sequence[str]) -> dict[str, EvaluationTest]:
     """Tests of the data sets that `args.retention_dataset` names beside the known tests: retrieval in the columns of
-    the arguments, on the split "test". The argument then names these tests.
+    the arguments, on the split "test" or the only one. The argument then names these tests.
 
     Raises:
         ValueError: it names neither a test nor a data set with these columns.
@@ -112,11 +114,13 @@ def names_of(listed: str) -> list[str]:
 
 def _load(source: str, args: ModXTrainingArguments, known: Sequence[str]) -> RetrievalTest:
     try:
-        table = load_table(source, "test")
+        splits = load_splits(source, image_column=args.image_column)
     except (ValueError, OSError) as error:
         raise ValueError(
-            f"retention_dataset: {source!r} is no test of the run ({', '.join(known)}), and no data set with a split "
-            f'"test": {error}'
+            f"retention_dataset: {source!r} is no test of the run ({', '.join(known)}), and no data set: {error}"
         ) from error
+    if SPLIT not in splits and len(splits) > 1:
+        raise ValueError(f"retention_dataset: {source!r} has no split {SPLIT!r}, but {', '.join(splits)}.")
+    table = splits[SPLIT] if SPLIT in splits else next(iter(splits.values()))
     pair_ids = args.pair_id_column if args.pair_id_column in table.column_names else None
     return RetrievalTest(table, args.image_column, args.caption_column, pair_ids)

@@ -1,6 +1,7 @@
 """Where things lie in the folder of a run, and what they say of how far it is."""
 
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,14 @@ def finished_rows(run: Path) -> int:
 
 def has_trained(run: Path) -> bool:
     """A step of some phase was taken, or can have been."""
-    return any(run.glob("phase-[1-9]*")) or any(run.glob("checkpoints/*/checkpoint-*"))
+    return last_trained(run) > 0
+
+
+def last_trained(run: Path) -> int:
+    """The last phase of which a step was taken, or can have been; 0: none."""
+    folders = [*run.glob("phase-[1-9]*"), *(path.parent for path in run.glob("checkpoints/*/checkpoint-*"))]
+    found = [re.match(r"phase-(\d+)", folder.name) for folder in folders]
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def forget_start(run: Path) -> None:

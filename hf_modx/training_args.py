@@ -188,7 +188,7 @@ class ModXTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "With max_forgetting: the tests it is about, comma-separated; in examples/continual_clip.py also "
-            "data sets, with a split named test. Default: in each phase the tests of what was learned before it."
+            "data sets (their split test, or the only one). Default: the tests of what was learned before the phase."
         },
     )
     retention_steps: float = field(

@@ -17,6 +17,7 @@ from hf_modx.plots import (
     draw_matrix,
     draw_retrieved,
     draw_tradeoff,
+    draw_tradeoffs,
     draw_training,
 )
 from hf_modx.plots.style import PALETTE, line_styles
@@ -81,6 +82,14 @@ def test_curves_are_whole(drawn, tmp_path):
 def test_tradeoff_is_whole(drawn, tmp_path):
     draw_tradeoff({name: [(0.1, 0.2), (0.3, 0.25)] for name in NAMES}, tmp_path / "t.png", "recall")
     assert_nothing_is_clipped(drawn[0], tmp_path / "t.png")
+
+
+def test_tradeoffs_of_several_streams_are_whole_and_join_their_fronts(drawn, tmp_path):
+    panels = {name: {recipe: [(0.1 * k, 0.2)] for k, recipe in enumerate(NAMES)} for name in NAMES[:4]}
+    draw_tradeoffs(panels, tmp_path / "t.png", [NAMES[:3], ["not there"]])
+    assert_nothing_is_clipped(drawn[0], tmp_path / "t.png")
+    lines = [line.get_xdata() for line in drawn[0].axes[0].lines if len(line.get_xdata()) > 1]
+    assert [list(line) for line in lines] == [pytest.approx([0, 10, 20])]
 
 
 def test_training_is_whole(drawn, tmp_path):

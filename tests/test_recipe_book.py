@@ -170,42 +170,44 @@ def test_without_a_network_nothing_is_asked_for(cook, tmp_path, monkeypatch):
 # ---- A loss callback of one's own ----
 
 
-def text_embeds(model, processor):
-    tokens = PairCollator.for_model(model, processor).tokens([f"a {shape}" for shape in SHAPES])
+def relations_of(model, processor, pairs):
+    """The cosines between images."""
     with torch.no_grad():
-        return torch.nn.functional.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+        pixels = PairCollator.for_model(model, processor).pixels(list(pairs["image"]))
+        embeds = torch.nn.functional.normalize(model.get_image_features(**pixels).pooler_output, dim=-1)
+    return embeds @ embeds.T
 
 
-def test_own_callback_holds_the_texts_where_they_were(processor, pairs, make_args):
-    def cosine_to_start(recipe):
+def test_own_callback_keeps_which_images_resemble_each_other(processor, pairs, make_args):
+    def cosines_moved(recipe):
         model = tiny_clip(processor)
-        before = text_embeds(model, processor)
+        before = relations_of(model, processor, pairs)
         trainer = ModXTrainer(
             model=model,
-            args=make_args(),
+            args=make_args(max_steps=20),
             train_dataset=pairs,
             processing_class=processor,
             loss_callbacks=build_recipe(recipe),
         )
         trainer.train()
-        cosines = (before * text_embeds(trainer.model, processor)).sum(dim=-1)
-        return cosines.min().item(), trainer.state.log_history[0]
+        moved = relations_of(trainer.model, processor, pairs) - before
+        return moved.square().mean().sqrt().item(), trainer.state.log_history
 
-    free, _ = cosine_to_start(["finetune"])
-    held, logged = cosine_to_start(["finetune", own_callback.TextAnchor(weight=50.0)])
-    assert 1 - held < (1 - free) / 2
-    assert logged["loss"] == pytest.approx(logged["contrastive"] + logged["text_anchor"], rel=1e-3)
-    assert "text_angle" in logged
+    free, _ = cosines_moved(["finetune"])
+    held, logged = cosines_moved(["finetune", own_callback.ImageRelations(weight=200.0)])
+    assert held < free / 2
+    last = logged[-2]
+    assert last["loss"] == pytest.approx(last["contrastive"] + last["image_relations"], rel=1e-3)
+    assert last["image_relations"] == pytest.approx(200 * last["cosines_moved"] ** 2, rel=1e-3) != 0
 
 
 def test_own_callback_s_script_prints_the_matrix(tmp_path, monkeypatch, capsys):
-    parts = [tiny_pairs(16, start=16 * part) for part in range(2)]
-    known, new = (
-        Phase(f"part {k}", part.select(range(12)), part.select(range(12, 16))) for k, part in enumerate(parts)
-    )
+    data = tiny_pairs(32)
+    known = Phase("part 0", data.select(range(12)), data.select(range(12, 16)))
+    new = Phase("part 1", data.select(range(16, 28)), data.select(range(28, 32)))
     monkeypatch.setattr(own_callback, "demo_stream", lambda seed: PhaseStream((new,), base=known))
     flags = ["--max_steps", "1", "--base_max_steps", "1", "--per_device_train_batch_size", "4", "--use_cpu", "true"]
     own_callback.main([*flags, "--weight", "2", "--report_to", "none", "--output_dir", str(tmp_path / "out")])
     assert "| part 1 |" in capsys.readouterr().out
     identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
-    assert identity["recipe_args"]["TextAnchor"]["weight"] == 2
+    assert identity["recipe_args"]["ImageRelations"]["weight"] == 2

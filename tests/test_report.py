@@ -12,7 +12,16 @@ from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.phases import content_fingerprint
 from hf_modx.plots import Retrieved
-from hf_modx.report import FlippedTest, compare, find_tests, flipped_tests, group_runs, read_run, write_report
+from hf_modx.report import (
+    FlippedTest,
+    compare,
+    find_tests,
+    flipped_tests,
+    group_runs,
+    lost_classes,
+    read_run,
+    write_report,
+)
 from hf_modx.report.tables import mean_matrix, plasticity, spread, stability
 
 from tiny import tiny_clip, tiny_pairs
@@ -32,7 +41,7 @@ def finished(processor, tmp_path_factory):
     stream, folder = PhaseStream(tuple(phases), base=base), tmp_path_factory.mktemp("run")
     quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
     args = ModXTrainingArguments(
-        str(folder), max_steps=4, learning_rate=3e-3, per_device_train_batch_size=8, seed=0, **quiet
+        str(folder), imav_samples=8, max_steps=4, learning_rate=3e-3, per_device_train_batch_size=8, seed=0, **quiet
     )
     ContinualRun(stream, "modx", args, model=tiny_clip(processor), processing_class=processor).run()
     return stream, folder
@@ -160,6 +169,41 @@ def test_metric_that_was_not_measured_is_named(make_run):
         compare(group_runs([make_run("modx", 0)]), "nothing")
 
 
+# ---- Classes ----
+
+
+def of_classes(accuracies, learned_at=None):
+    """The results of a run in which the test `first` is zero-shot, with these accuracies by phase and class."""
+
+    def change(identity, results):
+        results["per_class"] = {"first": {"classes": ["cat", "dog", "owl"], "zero_shot_top1": accuracies}}
+        results["learned_at"][1] = learned_at
+
+    return change
+
+
+def test_classes_that_lost_most_come_first(make_run):
+    change = of_classes([[0.9, 0.8, None], [0, 0, None], [0.8, 0.2, None]])
+    (found,) = lost_classes([make_run("modx", 0, change=change)])
+    assert (found.test, found.before, found.after) == ("first", 0, 2)
+    assert (found.classes, found.lost, found.gained) == (2, 2, 0)
+    assert found.worst == [("dog", 0.8, 0.2), ("cat", 0.9, 0.8)]
+
+
+def test_classes_are_compared_since_the_phase_that_taught_them_in_the_mean_over_seeds(make_run):
+    runs = [
+        make_run("modx", seed, change=of_classes([[0, 0, 0], [0.4, 0.5, 0.6], [0.2, 0.5, last]], learned_at=1))
+        for seed, last in ((0, 0.9), (1, 0.5))
+    ]
+    (found,) = lost_classes([*runs, make_run("modx", 2)])
+    assert (found.before, found.lost, found.gained) == (1, 1, 1)
+    assert found.worst == [("cat", pytest.approx(0.4), pytest.approx(0.2))]
+
+
+def test_phases_without_accuracies_are_left_out(make_run):
+    assert lost_classes([make_run("modx", 0, change=of_classes([None, [0.4, 0.5, 0.6], [0.2, 0.5, 0]]))]) == []
+
+
 # ---- Flipped retrievals ----
 
 
@@ -228,6 +272,7 @@ def nasty_report(finished, tmp_path_factory):
     def nasty(identity, results):
         results["phases"][0] = results["tests"][1] = NASTY
         results["test_pairs"] = dict(zip(results["tests"], results["test_pairs"].values(), strict=True))
+        results["per_class"] = {NASTY: {"classes": [NASTY], "zero_shot_top1": [[0.5], [0.5], [0.25]]}}
 
     folder = tmp_path_factory.mktemp("nasty")
     runs = [write_run(finished[1], folder / recipe, f"{NASTY} {recipe}", 0, change=nasty) for recipe in "ab"]
@@ -267,8 +312,9 @@ def test_page_of_nasty_names_has_no_script_and_asks_nothing_of_a_network(nasty_r
     assert not re.search(r"url\(|@import", text)
     policy = next(a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;") and "script" not in policy
-    # 2 curves, trade-off, training, 2 disorder, 2 matrices, 1 example
-    assert sum(tag == "img" for tag, _ in page.elements) == 9
+    # 2 curves, trade-off, training, 3 disorder, 2 matrices, 1 example
+    assert sum(tag == "img" for tag, _ in page.elements) == 10
+    assert "1 lost, 0 gained of 1 classes" in page.text and "-25.0" in page.text
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing")
@@ -283,7 +329,7 @@ def test_markdown_of_nasty_names_keeps_its_tables_and_links_only_its_own_picture
 
 def test_report_without_logs_and_examples_has_neither(make_run, tmp_path):
     def silent(identity, results):
-        del results["spatial_disorder"]
+        del results["spatial_disorder"], results["evaluation_seconds"]
         for record in results["training"]:
             del record["log"]
 
@@ -293,6 +339,25 @@ def test_report_without_logs_and_examples_has_neither(make_run, tmp_path):
         *("curves-image_to_text_recall-1.png", "curves-text_to_image_recall-1.png"),
     }
     assert "flipped" not in page.read_text()
+
+
+def test_report_says_what_training_and_evaluation_have_taken(make_run, tmp_path):
+    def slow(identity, results):
+        results["evaluation_seconds"] = [100.0, 3.0, 4.0]
+        for record in results["training"]:
+            record["train_runtime"] = 30.0
+
+    runs = group_runs([make_run("modx", 0, change=slow), make_run("finetune", 0)])
+    write_report(runs, tmp_path / "report")
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("| modx | 0 |")).endswith("| 60, 7 |")
+
+
+def test_changes_of_the_angle_between_image_and_caption_are_drawn(finished, tmp_path):
+    _, folder = finished
+    write_report(group_runs([read_run(folder)]), tmp_path / "report")
+    assert "from before the first phase to after the last (ImAV)" in (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "report" / "disorder-imav.png").exists()
 
 
 def test_run_keeps_the_log_that_the_report_draws(finished):

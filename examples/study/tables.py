@@ -8,14 +8,17 @@ import csv
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_modx import callbacks
+from hf_modx.card_metadata import metric_name
+from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.files import read_json, write_json, write_text
 from hf_modx.model_card import write_card_of_run
+from hf_modx.plots import draw_curves, draw_tradeoffs
 
 STUDY, FAILED = "study.json", "failed.json"
 UNION = "union"
@@ -78,7 +81,7 @@ def write(folder: Path, *, figures: bool = False, cards: bool = False) -> None:
     write_json(folder / "measures.json", found)
     write_csv(cells, folder / "measures.csv")
     if figures:
-        draw(streams, found, folder)
+        draw(streams, folder)
     if cards:
         write_cards(cells, folder / "cards")
 
@@ -388,91 +391,52 @@ def write_cards(cells: Sequence[Cell], folder: Path) -> None:
 
 # ---- Figures ----
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-    "#999933",
-    "#882255",
-    "#44AA99",
-)
-MARKERS = "osD^vPX"  # another number than of colours: their pairs repeat late
 
-
-def draw(streams: Mapping[str, Sequence[Cell]], found: Mapping[str, Mapping], folder: Path) -> None:
+def draw(streams: Mapping[str, Sequence[Cell]], folder: Path) -> None:
+    """Stability against plasticity of all streams, and the curves of each."""
+    runs = {stream: recipes for stream, cells in streams.items() if (recipes := finished(cells))}
+    if not runs:
+        return
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("No figures: pip install 'hf_modx[plots]'")
-        return
-    drawable = {stream: cells for stream, cells in streams.items() if found[stream]}
-    if not drawable:
-        return
-    figure = Figure(figsize=(5.2 * len(drawable), 4.6), layout="constrained")
-    for (stream, cells), axes in zip(
-        drawable.items(), figure.subplots(1, len(drawable), squeeze=False)[0], strict=True
-    ):
-        draw_front(axes, cells, found[stream])
-        axes.set_title(stream)
-    figure.savefig(folder / "front.png", dpi=130)
-    for stream, cells in drawable.items():
-        draw_curves(Figure, finished(cells), folder / f"curves-{stream}.png")
-
-
-def draw_front(axes, cells: Sequence[Cell], found: Mapping[str, Mapping]) -> None:
-    """Stability against plasticity: a point a recipe, those of one front joined; bars are standard deviations."""
-    fronts: dict[str, list[str]] = {}
-    for recipe, runs in finished(cells).items():
-        fronts.setdefault(next(iter(runs.values())).front or recipe, []).append(recipe)
-    for number, recipes in enumerate(fronts.values()):
-        own = [found[recipe][METRIC] for recipe in recipes]
-        points = sorted(
-            (
-                [100 * (part[name][of] or 0) for name in ("plasticity", "old") for of in ("mean", "deviation")]
-                for part in own
-            ),
+        draw_tradeoffs(
+            {f"{stream}, image-to-text recall@1": points(recipes) for stream, recipes in runs.items()},
+            folder / "front.png",
+            fronts(runs.values()),
         )
-        x, x_error, y, y_error = zip(*points, strict=True)
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        axes.errorbar(x, y, y_error, x_error, color=colour, marker=marker, lw=1.2, elinewidth=0.6, alpha=0.9)
-        for recipe, part in zip(recipes, own, strict=True):
-            place = (100 * part["plasticity"]["mean"], 100 * part["old"]["mean"])
-            axes.annotate(recipe, place, xytext=(4, 4), textcoords="offset points", fontsize=8, color=colour)
-    axes.set_xlabel("plasticity: recall@1 right after its phase, %")
-    axes.set_ylabel("stability: recall@1 of old tests at the end, %")
-    axes.grid(alpha=0.3)
+        for stream, recipes in runs.items():
+            draw_curves(curves(recipes), folder / f"curves-{stream}.png", f"{metric_name(METRIC)}, %")
+    except ImportError as error:
+        print(f"No figures. {error}")
 
 
-def draw_curves(figure_class, recipes: Mapping[str, Mapping[int, Cell]], path: Path) -> None:
-    """One panel a test: recall after every phase, a line a recipe (those of fronts left out), the range over seeds."""
-    shown = {name: runs for name, runs in recipes.items() if next(iter(runs.values())).front is None}
-    if not shown:
-        return
-    some = next(iter(next(iter(shown.values())).values())).results
-    tests, ticks = some["tests"], range(len(some["phases"]) + 1)
-    figure = figure_class(figsize=(3 * len(tests), 3.6), layout="constrained")
-    panels = figure.subplots(1, len(tests), squeeze=False)[0]
-    for test, axes in enumerate(panels):
-        for number, (recipe, runs) in enumerate(shown.items()):
-            rows = [[100 * row[test] for row in run.results["matrix"][METRIC]] for run in runs.values()]
-            columns = list(zip(*rows, strict=True))
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            axes.plot(ticks, list(map(mean, columns)), color=colour, marker=marker, ms=4, lw=1.2, label=recipe)
-            axes.fill_between(ticks, list(map(min, columns)), list(map(max, columns)), color=colour, alpha=0.12, lw=0)
-        if some["learned_at"][test] is not None:
-            axes.axvline(some["learned_at"][test], color="grey", lw=1, ls=":")
-        axes.set_title(f"test: {tests[test]}", fontsize=10)
-        axes.set_xticks(ticks, ["start", *some["phases"]], rotation=40, ha="right", fontsize=8)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("image-to-text recall@1, %")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=10, frameon=False, fontsize=8
-    )
-    figure.savefig(path, dpi=110)
+def points(recipes: Mapping[str, Mapping[int, Cell]]) -> dict[str, list[tuple[float, float]]]:
+    """Plasticity and stability of every seed; none of a stream of one phase without a base, which has no old test."""
+    found = {recipe: [measures(cell.results, METRIC) for cell in runs.values()] for recipe, runs in recipes.items()}
+    return {
+        recipe: [(own["plasticity"], own["old"]) for own in seeds]
+        for recipe, seeds in found.items()
+        if all(own["old"] is not None for own in seeds)
+    }
+
+
+def fronts(streams: Iterable[Mapping[str, Mapping[int, Cell]]]) -> list[list[str]]:
+    """The recipes of each front."""
+    found: dict[str, list[str]] = {}
+    for recipes in streams:
+        for recipe, runs in recipes.items():
+            front = next(iter(runs.values())).front
+            if front is not None and recipe not in found.setdefault(front, []):
+                found[front].append(recipe)
+    return list(found.values())
+
+
+def curves(recipes: Mapping[str, Mapping[int, Cell]]) -> dict[str, list[EvaluationMatrix]]:
+    """The matrices of each recipe; of fronts only where there is nothing else, as their lines lie close together."""
+    alone = {name: runs for name, runs in recipes.items() if next(iter(runs.values())).front is None}
+    return {
+        name: [EvaluationMatrix.from_results(run.results, METRIC) for run in runs.values()]
+        for name, runs in (alone or recipes).items()
+    }
 
 
 if __name__ == "__main__":

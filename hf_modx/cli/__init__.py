@@ -9,8 +9,9 @@ from datasets.utils import disable_progress_bars
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+from ..hub_faults import HubError
 from ..markdown import one_line
-from . import demo_data, disorder, evaluate, index_check, merge, report
+from . import demo_data, disorder, evaluate, index_check, merge, report, rollback
 
 COMMANDS = {
     "report": report,
@@ -18,12 +19,13 @@ COMMANDS = {
     "disorder": disorder,
     "index-check": index_check,
     "merge": merge,
+    "rollback": rollback,
     "demo-data": demo_data,
 }
 """By name a module with a docstring, which is its help, `add_arguments(parser)` and `run(options)`."""
 
 FAILED, WRONG_USAGE, INTERRUPTED = 1, 2, 130
-EXPECTED = (OSError, ValueError, TypeError, ImportError, SafetensorError)
+EXPECTED = (OSError, ValueError, TypeError, ImportError, SafetensorError, HubError)
 """What wrong input, missing packages and the network raise; the message says what to do."""
 
 EXIT_CODES = """

@@ -215,5 +215,5 @@ class _Pictures(torch.utils.data.Dataset):
     def __getitems__(self, rows: list[int]) -> list[Any]:
         try:
             return [to_rgb(image) for image in self.images[rows][self.column]]
-        except (OSError, SyntaxError, AttributeError) as error:
+        except Exception as error:  # Pillow raises nearly anything on a broken file
             raise ValueError(f"An image among the rows {rows} is null or cannot be decoded: {error}") from error

@@ -4,7 +4,7 @@ from .curves import draw_curves
 from .disorder import draw_disorder
 from .matrix import draw_matrix, largest_value
 from .retrieved import Retrieved, draw_retrieved
-from .tradeoff import draw_tradeoff
+from .tradeoff import draw_tradeoff, draw_tradeoffs
 from .training import draw_training
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "draw_matrix",
     "draw_retrieved",
     "draw_tradeoff",
+    "draw_tradeoffs",
     "draw_training",
     "largest_value",
 ]

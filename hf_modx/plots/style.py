@@ -38,9 +38,9 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def new_panels(number: int, width: float, height: float, columns: int = 4, **shared: Any) -> tuple[Any, list]:
-    """A figure of panels of so many inches, in rows of at most so many columns, and their axes."""
-    columns = min(number, columns)
+    """A figure of panels of so many inches, in rows of at most so many columns, as even as can be, and their axes."""
     rows = -(-number // columns)
+    columns = -(-number // rows)
     figure = new_figure(width * columns + 0.5, height * rows + 0.8)
     axes = [axis for row in figure.subplots(rows, columns, squeeze=False, **shared) for axis in row]
     for unused in axes[number:]:

@@ -21,7 +21,8 @@ def render_page(**content: Any) -> str:
 
     Args:
         content: what the template names: `title`, `phases`, `runs` (header, rows), `comparisons`, `pictures`,
-            `matrices` (pictures, too), `numbers` (by recipe: header, rows), `flips` (by recipe, see `FlippedTest`).
+            `matrices` (pictures, too), `numbers` (by recipe: header, rows), `classes` (by recipe, see `LostClasses`),
+            `flips` (by recipe, see `FlippedTest`).
     """
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_printable

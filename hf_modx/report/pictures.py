@@ -94,6 +94,10 @@ DISORDER = {
 }
 
 
+IMAV = {"since_start": "from before the first phase to after the last", "since_previous": "over the last phase"}
+"""Of training pairs of the earlier one; where the start has no such pairs, those of the last phase but one."""
+
+
 def _draw_disorder(groups: Groups, folder: Path) -> list[Picture]:
     """Means over the tests and the seeds, of the recipes that have measured it."""
     pictures = []
@@ -108,18 +112,39 @@ def _draw_disorder(groups: Groups, folder: Path) -> list[Picture]:
             file = folder / f"disorder-{measure}.png"
             draw_disorder(shares, file, title)
             pictures.append(Picture(file, title))
+    for since, span in IMAV.items():
+        shares = {name: share for name, runs in groups.items() if (share := _imav_shares(runs, since))}
+        if shares:
+            file, title = folder / "disorder-imav.png", f"Changes of the angle between image and caption {span} (ImAV)"
+            draw_disorder(shares, file, title)
+            return [*pictures, Picture(file, title)]
     return pictures
 
 
 def _shares(runs: Sequence[RecordedRun], modality: str, measure: str) -> dict[str, float]:
     """By bin; empty where no run knows."""
-    known = [run.results["spatial_disorder"] for run in runs if any(run.results.get("spatial_disorder", {}).values())]
-    last = [found["phases"][-1]["since_start"]["tests"].values() for found in known if found["phases"][-1]]
-    histograms = [test[modality][measure]["shares"] for tests in last for test in tests if test is not None]
+    tests = [test for last in _last_phases(runs) for test in last["since_start"]["tests"].values()]
+    return _mean_shares(runs, measure, [test[modality][measure] for test in tests if test is not None])
+
+
+def _imav_shares(runs: Sequence[RecordedRun], since: str) -> dict[str, float]:
+    """By bin; empty where no run has compared training pairs, or none was retrieved by the older model."""
+    found = [last[since].get("imav", {}) for last in _last_phases(runs)]
+    return _mean_shares(runs, "imav", [histogram for histogram in found if "shares" in histogram])
+
+
+def _last_phases(runs: Sequence[RecordedRun]) -> list[Mapping]:
+    """What each run knows of the disorder after its last phase."""
+    known = [run.results.get("spatial_disorder", {}).get("phases", []) for run in runs]
+    return [phases[-1] for phases in known if phases and phases[-1]]
+
+
+def _mean_shares(runs: Sequence[RecordedRun], measure: str, histograms: Sequence[Mapping]) -> dict[str, float]:
     if not histograms:
         return {}
-    means = [statistics.mean(share) for share in zip(*histograms, strict=True)]
-    return dict(zip(bin_names(known[0]["bins"][measure]), means, strict=True))
+    bins = next(run.results["spatial_disorder"]["bins"] for run in runs if "spatial_disorder" in run.results)
+    means = [statistics.mean(share) for share in zip(*(found["shares"] for found in histograms), strict=True)]
+    return dict(zip(bin_names(bins[measure]), means, strict=True))
 
 
 def _tradeoff(groups: Groups, metric: str) -> Mapping[str, list[tuple[float, float]]]:

@@ -2,13 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 
 from ..evaluation import EvaluationMatrix
 from ..files import write_text
 from ..markdown import escaped, table
+from .classes import LostClasses, lost_classes
 from .flips import FlippedTest
 from .page import render_page
 from .pictures import Picture, draw_comparison, draw_flips, draw_matrices
+from .runs import RecordedRun
 from .tables import Comparison, Groups, compare, mean_matrix
 
 METRICS = (
@@ -59,10 +62,11 @@ def write_report(
     matrices = {
         name: mean_matrix([run.matrix(metrics[0]) for run in runs]).measured() for name, runs in groups.items()
     }
+    classes = {name: found for name, runs in groups.items() if (found := lost_classes(runs))}
     examples = [draw_flips(tests, name, number, folder) for number, (name, tests) in enumerate(flips.items(), start=1)]
     write_text(
         folder / "report.md",
-        _markdown(groups, comparisons, matrices, [*pictures, *heat_maps, *filter(None, examples)], flips),
+        _markdown(groups, comparisons, matrices, [*pictures, *heat_maps, *filter(None, examples)], classes, flips),
     )
     page = render_page(
         title=TITLE,
@@ -72,6 +76,7 @@ def write_report(
         pictures=pictures,
         matrices=heat_maps,
         numbers={name: _cells(matrix) for name, matrix in matrices.items()},
+        classes=classes,
         flips=flips,
     )
     write_text(folder / "report.html", page)
@@ -88,8 +93,21 @@ def _runs_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
     for name, runs in groups.items():
         seeds = ", ".join(str(run.seed[0]) for run in runs)
         versions = ", ".join(dict.fromkeys(_versions(run.results["training"]) for run in runs))
-        rows.append([name, seeds, ", ".join(run.name for run in runs), versions])
-    return ["recipe", "seeds", "runs", "trained with"], rows
+        rows.append([name, seeds, ", ".join(run.name for run in runs), versions, _times(runs)])
+    return ["recipe", "seeds", "runs", "trained with", "seconds of training, of evaluation"], rows
+
+
+def _times(runs: Sequence[RecordedRun]) -> str:
+    """Of all phases, the mean over the seeds that know both."""
+    known = [seconds for run in runs if None not in (seconds := _seconds(run))]
+    return ", ".join(f"{mean(of_runs):.0f}" for of_runs in zip(*known, strict=True))
+
+
+def _seconds(run: RecordedRun) -> list[float | None]:
+    """Of training and of evaluation, the evaluation of the start left out; None where a phase does not know."""
+    training = [(record or {}).get("train_runtime") for record in run.results["training"]]
+    evaluation = run.results.get("evaluation_seconds", [None, None])[1:]
+    return [None if None in seconds else sum(seconds) for seconds in (training, evaluation)]
 
 
 def _versions(training: Sequence[Mapping | None]) -> str:
@@ -114,6 +132,7 @@ def _markdown(
     comparisons: Sequence[Comparison],
     matrices: Mapping[str, EvaluationMatrix],
     pictures: Sequence[Picture],
+    classes: Mapping[str, Sequence[LostClasses]],
     flips: Mapping[str, Sequence[FlippedTest]],
 ) -> str:
     header, rows = _runs_table(groups)
@@ -124,9 +143,25 @@ def _markdown(
     for name, matrix in matrices.items():
         columns, cells = _cells(matrix)
         parts += [f"### {escaped(name)}", table(list(map(escaped, columns)), [map(escaped, row) for row in cells])]
+    if classes:
+        parts += ["## Classes that lost most", _classes_table(classes)]
     if flips:
         parts += ["## Retrievals that flipped", _flips_table(flips)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def _classes_table(classes: Mapping[str, Sequence[LostClasses]]) -> str:
+    rows = [
+        [escaped(name), escaped(test.test), escaped(label), f"{test.before} to {test.after}", *_percent(old, new)]
+        for name, tests in classes.items()
+        for test in tests
+        for label, old, new in test.worst
+    ]
+    return table(["recipe", "test", "class", "phases", "before", "after"], rows)
+
+
+def _percent(*values: float) -> list[str]:
+    return [f"{100 * value:.1f}" for value in values]
 
 
 def _flips_table(flips: Mapping[str, Sequence[FlippedTest]]) -> str:

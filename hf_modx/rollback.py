@@ -1,0 +1,233 @@
+"""Going back to an earlier phase of a run, on the disk and on the Hub.
+
+    rollback.json is written     from here on the run is refused until the same rollback has been finished
+    the Hub goes back            main in one commit, then tags and branches, the last first
+    run.json, results.json       are those of the phase
+    later phases                 their models, checkpoints, states and memories are removed
+    rollback.json is removed
+
+Every step looks at what is there and does what is missing.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from .evaluation import EvaluationMatrix
+from .files import read_json, write_json
+from .hub import HubPublisher
+from .hub_run import revision_of_phase
+from .identity import setting_changes
+from .run_folder import MEMORY, RECORD, RESULTS, finished_rows, phase_folder, state_file
+
+logger = logging.getLogger(__name__)
+
+JOURNAL = "rollback.json"
+HUB_FILE = "hub.json"
+PLACES = ("", "checkpoints", "state", MEMORY)
+"""Folders of a run in which something is named after a phase."""
+
+
+def rollback(run: Path, number: int) -> list[str]:
+    """Make phase `number` the last one of a run again, as it was when it was finished; 0 is the start.
+
+    Where the run was published, its repository goes back too. Killed at any point, the same call finishes it. The run
+    may then go on with other settings and other data for the phases after this one (see `reopen`).
+
+    Args:
+        run: its folder. Nobody may be training in it.
+        number: of a finished phase.
+
+    Returns:
+        What was removed from the folder: paths relative to it.
+
+    Raises:
+        ValueError: the folder holds no run, the phase is not finished or its model is gone, or another rollback has to
+            be finished first.
+        RepositoryConflict: another folder has gone on with the run on the Hub, or is publishing.
+        HubError: the Hub refuses it, or does not answer.
+    """
+    record = read_json(run / RECORD)
+    if record is None:
+        raise ValueError(f"{run} holds no run: there is no {RECORD} in it.")
+    _check(run, number)
+    record = _record_after(record, number)
+    results = _results_after(read_json(run / RESULTS), number)
+    published = read_json(run / HUB_FILE)
+    if published is None:
+        write_json(run / JOURNAL, {"to": number})
+    else:
+        _go_back_on_hub(HubPublisher(published["repo_id"], run), run, number, record, results)
+    removed = _go_back_on_disk(run, number, record, results)
+    (run / JOURNAL).unlink()
+    return removed
+
+
+def refuse_unfinished_rollback(run: Path) -> None:
+    """Raise a ValueError where a rollback of the run was interrupted."""
+    journal = read_json(run / JOURNAL)
+    if journal is not None:
+        raise ValueError(
+            f"A rollback of {run} was interrupted. Finish it first: hf-modx rollback {run} --to phase-{journal['to']}"
+        )
+
+
+def reopen(run: Path, identity: Mapping[str, Any], keepers: list[str]) -> dict[str, Any]:
+    """Make a run that goes on with other settings after a rollback ready for them; nothing where they are the same.
+    Can be repeated until `run.json` holds the new identity.
+
+    What was made with the settings before is removed and made anew: the replay memory, and what loss callbacks have
+    learned of the base. Tests of later phases whose data are others leave the results, to be measured again.
+
+    Args:
+        identity: of the run as it goes on.
+        keepers: the loss callbacks that keep something from phase to phase.
+
+    Returns:
+        The `history` for run.json: for each of the settings before the last phase that was trained with them
+        (`until_phase`), and the identity of then.
+    """
+    record, last = read_json(run / RECORD) or {}, finished_rows(run) - 1
+    if "identity" not in record:
+        return {}
+    before, history = record["identity"], record.get("history", [])
+    _forget_other_tests(run, before["tests"], identity["tests"])
+    if before["recipe_args"] != identity["recipe_args"]:
+        _forget_other_recipe(run)
+        _begin_to_keep(run, last, [name for name in keepers if name not in before["recipe_args"]])
+    if last > 0 and setting_changes(before, identity):
+        history = [*history, {"until_phase": last, "identity": before}]
+    return {"history": history} if history else {}
+
+
+def history_in_words(history: list[Mapping[str, Any]], identity: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """What results.json says after phase `number` of settings that earlier phases were trained with: the last of those
+    phases, and what was changed after it."""
+    settings = [entry["identity"] for entry in history] + [identity]
+    found = [
+        {"until_phase": entry["until_phase"], "changes": setting_changes(settings[place], settings[place + 1])}
+        for place, entry in enumerate(history)
+        if entry["until_phase"] < number
+    ]
+    return {"changed_settings": found} if found else {}
+
+
+# ---- The steps ----
+
+
+def _check(run: Path, number: int) -> None:
+    journal, finished = read_json(run / JOURNAL), finished_rows(run) - 1
+    if journal is not None and number != journal["to"]:
+        refuse_unfinished_rollback(run)
+    if not 0 <= number <= finished:
+        known = f"phase-0 to phase-{finished}" if finished > 0 else "phase-0" if finished == 0 else "none"
+        raise ValueError(f"There is no finished phase-{number} in {run} to go back to. Finished phases: {known}.")
+    if not phase_folder(run, number).exists():
+        raise ValueError(f"{phase_folder(run, number)} is gone: nothing could go on from it.")
+
+
+def _record_after(record: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """run.json with the settings that the phase was trained with, and open for others from the next one on."""
+    history = record.get("history", [])
+    kept = [entry for entry in history if entry["until_phase"] < number]
+    of_phase = history[len(kept)]["identity"] if len(kept) < len(history) else record["identity"]
+    return {**record, "identity": of_phase, "history": kept, "rolled_back_to": number}
+
+
+def _results_after(results: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """results.json as it was after the phase."""
+    phases, tests = results["phases"][:number], results["tests"]
+    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
+    cut = {
+        name: {metric: rows[: number + 1] for metric, rows in results[name].items()} for name in ("matrix", "ranks")
+    }
+    summary = {
+        metric: EvaluationMatrix(phases, tests, rows, learned_at).summary() for metric, rows in cut["matrix"].items()
+    }
+    earlier = [entry for entry in results.get("changed_settings", []) if entry["until_phase"] < number]
+    found = {
+        **results,
+        **cut,
+        "phases": phases,
+        "learned_at": learned_at,
+        "summary": summary,
+        "training": results["training"][:number],
+        "changed_settings": earlier,
+    }
+    if "spatial_disorder" in results:
+        disorder = results["spatial_disorder"]
+        found["spatial_disorder"] = {**disorder, "phases": disorder["phases"][: number + 1]}
+    return {name: value for name, value in found.items() if name != "changed_settings" or earlier}
+
+
+def _go_back_on_hub(
+    publisher: HubPublisher, run: Path, number: int, record: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """The journal is written as soon as it is known that the Hub lets this folder write."""
+    publisher.lock()
+    try:
+        publisher.claim(record, is_new=False, goes_back=True)
+        write_json(run / JOURNAL, {"to": number})
+        title = f"Back to phase {number}"
+        publisher.go_back(revision_of_phase(run, number, None, title, run=record, results=results))
+    finally:
+        publisher.unlock()
+
+
+def _go_back_on_disk(run: Path, number: int, record: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
+    if record["identity"]["recipe_args"] != read_json(run / RECORD)["identity"]["recipe_args"]:
+        _forget_other_recipe(run)
+    write_json(run / RESULTS, results)
+    write_json(run / RECORD, record)
+    removed = []
+    for path in _later(run, number):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        removed.append(path.relative_to(run).as_posix())
+    return removed
+
+
+def _later(run: Path, number: int) -> list[Path]:
+    """What belongs to later phases, finished or not, the last first: a model goes before what it was trained from."""
+    found = []
+    for place in PLACES:
+        for path in (run / place).glob("*phase-*"):
+            match = re.fullmatch(r"\.?phase-(\d+)(\.safetensors)?(\.tmp)?", path.name)
+            if match and int(match[1]) > number:
+                found.append((-int(match[1]), PLACES.index(place), path))
+    return [path for *_, path in sorted(found)]
+
+
+def _forget_other_recipe(run: Path) -> None:
+    shutil.rmtree(run / MEMORY, ignore_errors=True)
+    state_file(run, 0).unlink(missing_ok=True)
+
+
+def _begin_to_keep(run: Path, last: int, names: list[str]) -> None:
+    """Loss callbacks that the phases so far were trained without have seen nothing yet."""
+    if last < 1 or not names:
+        return
+    logger.warning("%s: nothing is known of the phases up to phase-%d, trained without.", ", ".join(names), last)
+    if not state_file(run, last).exists():
+        state_file(run, last).parent.mkdir(exist_ok=True)
+        save_file({}, state_file(run, last))
+
+
+def _forget_other_tests(run: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Take the columns of tests with other data out of the results."""
+    other = {name for name, data in before.items() if now.get(name, data) != data}
+    results = read_json(run / RESULTS)
+    if results is None or not other:
+        return
+    kept = [column for column, test in enumerate(results["tests"]) if test not in other]
+    for name in ("matrix", "ranks"):
+        results[name] = {
+            metric: [[row[column] for column in kept] for row in rows] for metric, rows in results[name].items()
+        }
+    for name in ("tests", "learned_at"):
+        results[name] = [results[name][column] for column in kept]
+    write_json(run / RESULTS, results)

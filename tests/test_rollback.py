@@ -1,0 +1,318 @@
+"""Going back to an earlier phase: what is there afterwards, also when it was killed in between."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import HfApi
+from safetensors.torch import load_file
+from test_hub import REPO, branches, commits, content, make_run, on_disk, short_waits, tags  # noqa: F401 - fixtures
+
+from hf_modx import PhaseStream
+from hf_modx.cli import main
+from hf_modx.files import write_text
+from hf_modx.hub import HubPublisher
+from hf_modx.hub_faults import RepositoryConflict
+from hf_modx.hub_run import revision_of_phase
+from hf_modx.rollback import JOURNAL, refuse_unfinished_rollback, reopen, rollback
+
+from test_continual import StopAt, make_stream, results, run, same, weights  # noqa: F401 - run is a fixture
+
+
+def record_of(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def untimed(content):
+    """Results without what a clock has measured."""
+    clocks = ("train_runtime", "train_samples_per_second", "log", "environment")
+    training = [{name: value for name, value in phase.items() if name not in clocks} for phase in content["training"]]
+    return {**content, "training": training}
+
+
+# ---- On the disk ----
+
+KEEPING = "er+ewc"
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """Folders of one run: `one` right after its first phase, and `out` after its second."""
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.fixture
+def start(kept, run, make_args, tmp_path):  # noqa: F811
+    """Starts a finished run of two phases, with memory and states, again; its folder is `out`."""
+
+    def start(stream=None, **changes):
+        return run(stream or make_stream(2), KEEPING, make_args(**{"max_steps": 2, **changes}))
+
+    if not (kept / "out").exists():
+        with pytest.raises(SystemError):
+            run(make_stream(2), KEEPING, make_args(max_steps=2), callbacks=[StopAt(2, 1)])
+        shutil.copytree(tmp_path / "out", kept / "one")
+        start()
+        shutil.copytree(tmp_path / "out", kept / "out")
+    else:
+        shutil.copytree(kept / "out", tmp_path / "out")
+    return start
+
+
+@pytest.fixture
+def out(start, tmp_path):
+    return tmp_path / "out"
+
+
+def test_run_is_what_it_was_after_the_phase(out, kept, capsys):
+    (out / "checkpoints" / "phase-2" / "checkpoint-1").mkdir(parents=True)
+    assert main(["rollback", str(out), "--to", "phase-1"]) == 0
+    assert capsys.readouterr().out.startswith(f"{out} is back at phase-1. Removed: phase-2, checkpoints/phase-2, ")
+    before, after = on_disk(kept / "one"), on_disk(out)
+    before = {path: found for path, found in before.items() if not path.startswith("checkpoints/phase-2")}
+    record = json.loads(after.pop("run.json"))
+    assert (record.pop("rolled_back_to"), record.pop("history")) == (1, [])
+    assert json.loads(before.pop("run.json")) == record
+    assert json.loads(after.pop("results.json")) == json.loads(before.pop("results.json"))
+    assert after == before and {"memory/phase-1/memory.json", "state/phase-1.safetensors"} <= set(after)
+
+
+def test_phase_trained_again_is_bit_for_bit_the_same(start, out, kept):
+    rollback(out, 1)
+    again = start()
+    assert untimed(results(again)) == untimed(json.loads((kept / "out" / "results.json").read_text()))
+    for path in ("phase-2/model.safetensors", "state/phase-2.safetensors", "memory/phase-1/data-00000-of-00001.arrow"):
+        assert (out / path).read_bytes() == (kept / "out" / path).read_bytes(), path
+
+
+def test_phases_after_it_may_have_other_settings_which_are_recorded(start, out):
+    with pytest.raises(ValueError, match="learning_rate was 0.001 and is 0.005"):
+        start(learning_rate=5e-3)
+    rollback(out, 1)
+    again = start(learning_rate=5e-3)
+    changed = [{"until_phase": 1, "changes": ["learning_rate was 0.001 and is 0.005"]}]
+    assert results(again)["changed_settings"] == changed
+    card = (again.phase_folder(2) / "README.md").read_text()
+    assert "Other settings held up to phase 1: learning_rate was 0.001 and is 0.005." in card
+    (entry,) = record_of(out)["history"]
+    assert entry["identity"]["hyperparameters"]["learning_rate"] == 1e-3
+    start(learning_rate=5e-3)
+    with pytest.raises(ValueError, match="learning_rate was 0.005 and is 0.001"):
+        start()
+    rollback(out, 1)
+    assert record_of(out)["identity"] == entry["identity"] and record_of(out)["history"] == []
+    assert "changed_settings" not in json.loads((out / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_later_phases_may_have_other_data_and_their_tests_are_measured_anew(start, out):
+    old = make_stream(2)
+    second = replace(old.phases[1], train=old.phases[1].train.select(range(8)), test=old.phases[1].test.select([0, 1]))
+    other = PhaseStream((old.phases[0], second), base=old.base)
+    with pytest.raises(ValueError, match="phase 2 was 'part 2' with other data"):
+        start(other)
+    rollback(out, 1)
+    again = results(start(other))
+    assert again["test_pairs"]["part 2"] == 2
+    for row in again["matrix"]["text_to_image_recall@1"]:
+        assert row[again["tests"].index("part 2")] in (0, 0.5, 1)
+
+
+def test_phases_that_stay_keep_their_data(start, out):
+    rollback(out, 1)
+    old = make_stream(2)
+    first = replace(old.phases[0], train=old.phases[0].train.select(range(8)))
+    with pytest.raises(ValueError, match="phase 1 was 'part 1' with other data"):
+        start(PhaseStream((first, old.phases[1]), base=old.base))
+    first = replace(old.phases[0], test=old.phases[0].test.select([0, 1]))
+    with pytest.raises(ValueError, match="the test 'part 1' had other data"):
+        start(PhaseStream((first, old.phases[1]), base=old.base))
+
+
+def test_other_recipe_begins_with_what_it_can_know(tmp_path, caplog):
+    make_up_run(tmp_path, 2)
+    identity = record_of(tmp_path)["identity"]
+    assert reopen(tmp_path, identity, ["EWC"]) == {} and (tmp_path / "memory").exists()
+    (tmp_path / "state" / "phase-2.safetensors").unlink()
+    found = reopen(tmp_path, {**identity, "recipe": "ewc", "recipe_args": {"EWC": {"weight": 1.0}}}, ["EWC"])
+    assert found == {"history": [{"until_phase": 2, "identity": identity}]}
+    assert not (tmp_path / "memory").exists() and not (tmp_path / "state" / "phase-0.safetensors").exists()
+    assert load_file(tmp_path / "state" / "phase-2.safetensors") == {}
+    assert "EWC: nothing is known of the phases up to phase-2" in caplog.text
+
+
+def test_wrong_rollbacks_end_with_the_reason(tmp_path, capsys):
+    folder = tmp_path / "run"
+    make_up_run(folder, 2)
+
+    def said(folder, to):
+        assert main(["rollback", str(folder), "--to", to]) == 1
+        return capsys.readouterr().err
+
+    assert "holds no run: there is no run.json" in said(tmp_path, "1")
+    assert "no finished phase-3" in said(folder, "3")
+    shutil.rmtree(folder / "phase-1")
+    assert "phase-1 is gone: nothing could go on from it" in said(folder, "phase-1")
+    (folder / JOURNAL).write_text('{"to": 2}')
+    assert "was interrupted. Finish it first: hf-modx rollback" in said(folder, "phase-0")
+    with pytest.raises(SystemExit) as exit_:
+        main(["rollback", str(folder), "--to", "last"])
+    assert exit_.value.code == 2
+
+
+def test_run_is_refused_until_its_rollback_is_finished(start, out):
+    (out / JOURNAL).write_text('{"to": 1}')
+    with pytest.raises(ValueError, match="was interrupted. Finish it first: hf-modx rollback .* --to phase-1"):
+        start()
+
+
+# ---- On the Hub ----
+
+
+def test_hub_goes_back_and_on_with_other_settings(hub, make_run):  # noqa: F811
+    make_run(3).run()
+    heads, stamps = branches(hub), tags(hub)
+    run = make_run(3)  # noqa: F811
+    old = weights(run, 2)
+    rollback(run.folder, 1)
+    assert branches(hub) == {name: heads[name] for name in ("phase-0", "phase-1")} | {"main": branches(hub)["main"]}
+    assert tags(hub) == {name: stamps[name] for name in ("phase-0-final", "phase-1-final")}
+    assert commits(hub, "main")[-1] == "Back to phase 1"
+    of_main, of_phase = content(hub, "main"), content(hub, "phase-1")
+    assert json.loads(of_main["results.json"]) == json.loads((run.folder / "results.json").read_text())
+    assert json.loads(of_main.pop("results.json")) == json.loads(of_phase.pop("results.json"))
+    assert json.loads(of_main.pop("run.json"))["phase"] == 1 and of_phase.pop("run.json")
+    assert of_main == of_phase
+    again = make_run(3, learning_rate=5e-3)
+    again.run()
+    for number, parent in ((2, 1), (3, 2)):
+        assert commits(hub, f"phase-{number}")[:-1] == commits(hub, f"phase-{parent}")
+        assert tags(hub)[f"phase-{number}-final"] == branches(hub)[f"phase-{number}"]
+    assert content(hub, "main") == content(hub, "phase-3")
+    assert json.loads(content(hub, "main")["results.json"])["changed_settings"][0]["until_phase"] == 1
+    assert not same(weights(again, 2), old)
+    elsewhere = make_run(3, folder="elsewhere", learning_rate=5e-3)
+    elsewhere.run()
+    assert record_of(elsewhere.folder)["history"] == record_of(again.folder)["history"]
+    assert same(weights(elsewhere, 3), weights(again, 3))
+
+
+def test_folder_that_was_overtaken_cannot_go_back(hub, make_run):  # noqa: F811
+    make_run(1).run()
+    run = make_run(1, folder="elsewhere")  # noqa: F811
+    run.run()
+    before = on_disk(run.folder.parent / "out"), branches(hub), tags(hub)
+    with pytest.raises(RepositoryConflict, match="Another folder has become the writer"):
+        rollback(run.folder.parent / "out", 0)
+    assert (on_disk(run.folder.parent / "out"), branches(hub), tags(hub)) == before
+
+
+# ---- Killed in between ----
+
+
+class Killed(BaseException):
+    pass
+
+
+class Executioner:
+    """Kills before the n-th change of a file of the run or of the Hub; removing a folder is a change and a half."""
+
+    def __init__(self, monkeypatch, folder):
+        self.folder, self.left = str(folder), None
+        for name in ("create_commit", "delete_tag", "delete_branch"):
+            monkeypatch.setattr(HfApi, name, self.watched(getattr(HfApi, name)))
+        monkeypatch.setattr("hf_modx.files.write_text", self.watched(write_text))
+        monkeypatch.setattr(Path, "unlink", self.watched(Path.unlink))
+        monkeypatch.setattr("hf_modx.rollback.shutil", SimpleNamespace(rmtree=self.watched(shutil.rmtree)))
+
+    def watched(self, change):
+        def watched(place, *args, **options):
+            if isinstance(place, HfApi) or str(place).startswith(self.folder):
+                self.count()
+                if change is shutil.rmtree and self.left == 1:
+                    next(path for path in place.rglob("*") if path.is_file()).unlink()
+                    self.count()
+            return change(place, *args, **options)
+
+        return watched
+
+    def count(self):
+        if self.left is not None:
+            self.left -= 1
+            if self.left == 0:
+                raise Killed
+
+
+def make_up_run(folder, phases):
+    """A finished run that nobody has trained."""
+    identity = {"recipe": "er", "recipe_args": {}, "hyperparameters": {}, "tests": {}}
+    identity["phases"] = [{"name": f"part {k}"} for k in range(1, phases + 1)]
+    record = {"run_id": "r", "writer": "w", "identity": identity}
+    found = {
+        "recipe": "er",
+        "tests": ["part 1"],
+        "learned_at": [1],
+        "ranks": {},
+        "training": [{"steps": k} for k in range(1, phases + 1)],
+        "phases": [phase["name"] for phase in identity["phases"]],
+        "matrix": {"recall": [[k / 10] for k in range(phases + 1)]},
+    }
+    for number in range(phases + 1):
+        for place in (f"phase-{number}/model", f"memory/phase-{number}/rows", f"state/phase-{number}"):
+            file = folder / f"{place}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(bytes([number]) * 3000)
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "results.json").write_text(json.dumps(found))
+
+
+def publish(folder):
+    record, made = record_of(folder), []
+    publisher = HubPublisher(REPO, folder)
+    publisher.claim(record, is_new=False)
+    for number in range(len(record["identity"]["phases"]) + 1):
+        contents = {"run": {**record, "phase": number}, "results": {"rows": number + 1}}
+        made.append(revision_of_phase(folder, number, number - 1 if number else None, f"Phase {number}", **contents))
+    assert publisher.publish(made) == ()
+
+
+def test_killed_anywhere_the_same_command_finishes_it(hub, tmp_path, monkeypatch):
+    folder, before = tmp_path / "run", tmp_path / "before"
+    make_up_run(folder, 3)
+    publish(folder)
+    shutil.copytree(folder, before / "run")
+    shutil.copytree(hub.folder, before / "hub")
+    old = on_disk(folder), branches(hub), tags(hub)
+    executioner = Executioner(monkeypatch, folder)
+    rollback(folder, 1)
+    expected = on_disk(folder), content(hub, "main"), set(branches(hub)), tags(hub)
+    assert sorted(expected[2]) == ["main", "phase-0", "phase-1"]
+    for number in range(1, 100):
+        for place, copy in ((folder, before / "run"), (hub.folder, before / "hub")):
+            shutil.rmtree(place)
+            shutil.copytree(copy, place)
+        executioner.left = number
+        try:
+            rollback(folder, 1)
+        except Killed:
+            executioner.left = None
+        else:
+            break
+        if (folder / JOURNAL).exists():
+            with pytest.raises(ValueError, match="--to phase-1"):
+                refuse_unfinished_rollback(folder)
+        else:
+            assert (on_disk(folder), branches(hub), tags(hub)) == old or on_disk(folder) == expected[0]
+        if set(branches(hub)) != expected[2] and commits(hub, "main")[-1] == "Back to phase 1":
+            with pytest.raises(RepositoryConflict, match="A rollback of owner/clip was interrupted"):
+                record = json.loads((before / "run" / "run.json").read_text())
+                HubPublisher(REPO, tmp_path / "other").claim({**record, "writer": "other"}, is_new=True)
+        for tag in tags(hub):
+            assert content(hub, tag)["model.safetensors"] == bytes([int(tag[6])]) * 3000
+        rollback(folder, 1)
+        assert (on_disk(folder), content(hub, "main"), set(branches(hub)), tags(hub)) == expected, number
+        assert commits(hub, "main").count("Back to phase 1") == 1
+    assert number > 15
