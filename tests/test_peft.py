@@ -107,14 +107,15 @@ def features(model):
 EVERY_SECOND = {"save_strategy": "steps", "save_steps": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "settings", "stop"),
     [
         ("modx", {**EVERY_SECOND, "train_logit_scale": True, "lora_dropout": 0.2}, StopAt(2, 3)),
-        pytest.param("er", {**EVERY_SECOND, "lora_merge": False}, StopAt(2, 3), marks=pytest.mark.slow),
-        pytest.param("zscl", {**EVERY_SECOND, "lora_dropout": 0.2}, StopAt(2, 3), marks=pytest.mark.slow),
+        ("er", {**EVERY_SECOND, "lora_merge": False}, StopAt(2, 3)),
+        ("zscl", {**EVERY_SECOND, "lora_dropout": 0.2}, StopAt(2, 3)),
         # Nothing is saved: the phase begins again, but for what comes before its first step.
-        pytest.param("ewc", {"lora_merge": False, "lora_dropout": 0.5}, StopAt(1, 2), marks=pytest.mark.slow),
+        ("ewc", {"lora_merge": False, "lora_dropout": 0.5}, StopAt(1, 2)),
     ],
 )
 def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, recipe, settings, stop):

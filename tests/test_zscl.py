@@ -390,6 +390,7 @@ def run_on_processes(folder, batch_size, chunk, images_per_step, distill_text_to
     save_file(tensors, f"{folder}/rank-{trainer.args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "images_per_step", "distill_text_tower"),
     [(None, 5, False), (2, 5, False), (None, 1, False), (2, 3, True)],
@@ -500,6 +501,7 @@ def classes_on_processes(folder, batch_size):
     save_file(weights(model), f"{folder}/rank-{trainer.args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_classes_as_one_does(tmp_path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()
