@@ -13,7 +13,7 @@ from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.disorder_of_run import DisorderOfRun
 from hf_modx.evaluation import EncodedPairs, encode_pairs, imav, spatial_disorder
-from hf_modx.evaluation.disorder import angles
+from hf_modx.evaluation.disorder import angles, bin_names
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -282,3 +282,7 @@ def test_large_tests_are_thinned_evenly(monkeypatch):
 def test_training_pairs_without_disorder_are_refused(make_args):
     with pytest.raises(ValueError, match="imav_samples"):
         make_args(spatial_disorder=False, imav_samples=5)
+
+
+def test_bins_are_named_by_their_bounds():
+    assert bin_names((5.0, 12.5)) == ["[0, 5]", "(5, 12.5]", "(12.5, 180]"]

@@ -205,6 +205,14 @@ def test_a_tie_is_kept_in_fp32_whatever_the_block(chunk_size):
     assert found.image_rows_kept == found.text_rows_kept == 1
 
 
+@pytest.mark.parametrize(("units", "kept"), [(8, 1.0), (9, 0.5)])
+def test_a_tie_ends_8_units_in_the_last_place_above_the_partner(units, kept):
+    old_images = torch.tensor([[0.75, 0.75 + units * torch.finfo(torch.float64).eps], [0.0, 1.0]], dtype=torch.float64)
+    old_texts = torch.eye(2, dtype=torch.float64)
+    found = affinity_distillation(unit(2, DIM, 0), unit(2, DIM, 1), old_images, old_texts)
+    assert found.image_rows_kept.item() == kept
+
+
 def test_a_slightly_larger_column_is_no_tie():
     old_images, old_texts = old_model_of_matrix([[1.0, 1.0 + 1e-5], [0.0, 1.0]])
     found = affinity_distillation(unit(2, DIM, 0), unit(2, DIM, 1), old_images.float(), old_texts.float())
@@ -649,6 +657,14 @@ def test_single_precision_stands_the_largest_scale(scale):
     exact = double.gradients(double.modx(distill_scale=scale / 2, alpha=0.1).loss)
     for single, wanted in zip(found, exact, strict=True):
         assert (single.double() - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_a_column_far_from_all_images_does_not_underflow():
+    """exp(100 * -0.99) is next to nothing in fp32, and the text's own probabilities are as large as any."""
+    texts = unit(4, DIM, 0, torch.float32)
+    images = F.normalize(-texts[:1] + 0.05 * unit(4, DIM, 1, torch.float32), dim=1)
+    found = info_nce(images, texts, 100.0, chunk_size=2)
+    torch.testing.assert_close(found.double(), info_nce(images.double(), texts.double(), 100.0), rtol=1e-5, atol=0)
 
 
 def test_ids_of_which_one_kind_never_repeats_still_count():

@@ -212,6 +212,12 @@ def test_half_precision_is_compared_in_fp32():
     assert torch.equal(retrieval_ranks(images, texts, ids, ids), expected)
 
 
+def test_ranks_are_whole_numbers():
+    """Counted in fp32 they would be exact up to 16.7 million candidates only."""
+    ids = torch.arange(3)
+    assert retrieval_ranks(vectors(3, 0, dtype=torch.float32), vectors(3, 1).float(), ids, ids).dtype == torch.int64
+
+
 def test_a_query_without_a_match_is_refused():
     ids = torch.arange(3)
     with pytest.raises(ValueError, match="no matching candidate"):

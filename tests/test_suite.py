@@ -292,12 +292,19 @@ def test_what_is_wrong_in_the_file_is_named_with_its_test(declare, changes, mess
         load_tests(declare(entry))
 
 
+@pytest.mark.parametrize("option", ["image_column", "caption_column", "pair_id_column"])
+def test_columns_of_a_retrieval_test_must_be_there(option):
+    with pytest.raises(ValueError, match=rf"The retrieval test has no column 'lost' \({option}\)"):
+        RetrievalTest(tiny_pairs(2), **{option: "lost"})
+
+
 def test_names_used_twice_and_files_of_another_shape_are_refused(declare, tmp_path):
     with pytest.raises(ValueError, match="the names a are used more than once"):
         load_tests(declare({"name": "a"}, {"name": "a"}))
-    (tmp_path / "tests.yaml").write_text("a: {kind: zero_shot}")
-    with pytest.raises(ValueError, match="must hold a list of tests"):
-        load_tests(tmp_path / "tests.yaml")
+    for text in ("a: {kind: zero_shot}", "- {kind: zero_shot}", "- name"):
+        (tmp_path / "tests.yaml").write_text(text)
+        with pytest.raises(ValueError, match="must hold a list of tests, each a mapping with a name"):
+            load_tests(tmp_path / "tests.yaml")
     (tmp_path / "tests.yaml").write_text("- {name: a")
     with pytest.raises(ValueError, match=r"tests.yaml is no YAML: (?s:.*)line 1"):
         load_tests(tmp_path / "tests.yaml")

@@ -81,6 +81,8 @@ def test_distillation_of_unequal_references_is_refused():
         reference_distillation(unit(6, 5, 0), unit(9, 5, 1), unit(5, 5, 2), unit(9, 5, 1), 1.0)
     with pytest.raises(ValueError, match="one width"):
         reference_distillation(unit(6, 5, 0), unit(9, 4, 1), unit(6, 4, 2), unit(9, 4, 1), 1.0)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        reference_distillation(*[unit(6, 5, 0)] * 4, 1.0, temperature=0)
 
 
 def embeddings(model, processor, images, texts):
