@@ -55,6 +55,14 @@ def test_known_rotation_of_one_modality_is_found_to_a_tenth_of_a_degree():
     assert found.intermodal_rotation == pytest.approx(40, abs=1e-4)
 
 
+def test_lengths_do_not_count():
+    """Half precision keeps them to three digits."""
+    image, text, rotation = unit(300, seed=0), unit(300, seed=1), turn(degrees=40)
+    found = spatial_disorder(pairs(1.01 * image, 0.99 * text), pairs(turned(image, rotation), 1.02 * text))
+    assert found.image.sam.mean == pytest.approx(0, abs=1e-4) and found.image.ram.mean == pytest.approx(40, abs=1e-4)
+    assert found.text.rotation_share is None and found.intermodal_rotation == pytest.approx(40, abs=1e-4)
+
+
 def test_rotation_of_both_modalities_alike_is_no_deviation():
     image, text = unit(300, seed=0), unit(300, seed=1)
     found = spatial_disorder(pairs(image, text), pairs(turned(image, turn()), turned(text, turn())))

@@ -480,6 +480,19 @@ def test_ids_that_are_not_one_integer_a_pair_are_refused(ids):
         affinity_distillation(*PAIR, *PAIR, pair_ids=ids)
 
 
+@pytest.mark.parametrize("rows", [torch.ones(3, dtype=torch.bool), torch.arange(4)])
+def test_rows_that_are_not_one_boolean_a_pair_are_refused(rows):
+    with pytest.raises(ValueError, match="rows must be 4 booleans"):
+        affinity_distillation(*PAIR, *PAIR, rows=rows)
+
+
+def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
+    batch, rows = Batch(), torch.arange(N) % 3 == 0
+    parts = [batch.distillation(rows=which, screen=False).loss for which in (rows, ~rows)]
+    torch.testing.assert_close(sum(parts), batch.distillation(screen=False).loss, **EXACT)
+    assert all(part > 0 for part in parts)
+
+
 def test_old_model_of_another_batch_is_refused():
     with pytest.raises(ValueError, match="embedded 3 pairs and the new one 4"):
         affinity_distillation(*PAIR, unit(3, DIM, 0), unit(3, DIM, 1))
@@ -729,6 +742,13 @@ def test_sigmoid_loss_and_gradients_are_those_of_the_paper(chunk_size, pair_ids,
     torch.testing.assert_close(found, expected, **EXACT)
     for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_sigmoid_loss_takes_plain_numbers_as_scale_and_bias():
+    batch = SigmoidBatch()
+    scale, bias = 14.1, -10.3
+    expected = sigmoid_loss(batch.images, batch.texts, *(torch.tensor(x, dtype=torch.float64) for x in (scale, bias)))
+    torch.testing.assert_close(sigmoid_loss(batch.images, batch.texts, scale, bias), expected, **EXACT)
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)

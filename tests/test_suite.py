@@ -169,6 +169,16 @@ def test_feature_that_never_changes_and_class_that_was_not_learned():
     assert linear_probe_accuracy(train, train_labels, train, torch.full((60,), 7)) == 0
 
 
+def test_two_rows_of_two_classes_are_enough_for_a_linear_probe():
+    labels = torch.tensor([3, 5])
+    assert linear_probe_accuracy(torch.eye(2), labels, torch.eye(2), labels) == 1
+
+
+def test_what_a_probe_learns_from_decides_its_measures():
+    fingerprints = {LinearProbeTest(labelled(6), train=labelled(rows)).fingerprint() for rows in (20, 20, 21)}
+    assert len(fingerprints) == 2 and None not in fingerprints
+
+
 def test_linear_probe_needs_two_classes():
     with pytest.raises(ValueError, match="needs two classes"):
         linear_probe_accuracy(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3))
@@ -282,6 +292,7 @@ def test_smaller_test_has_the_classes_of_the_whole(declare, names):
         ({"label_colum": "label"}, "no key 'label_colum' for zero_shot. Did you mean 'label_column'"),
         ({"caption_column": "text"}, "no key 'caption_column' for zero_shot"),
         ({"label_column": "shape"}, "no column 'shape'"),
+        ({"image_column": "picture"}, "The test has no column 'picture'"),
         ({"split": "validation"}, "no split 'validation'. The splits are: test"),
         ({"templates": ["a photo"]}, "needs a place"),
     ],
@@ -290,6 +301,19 @@ def test_what_is_wrong_in_the_file_is_named_with_its_test(declare, changes, mess
     entry = {"name": "shapes", "kind": "zero_shot", "dataset": DatasetDict(test=labelled(6)), **changes}
     with pytest.raises(ValueError, match=f"test 'shapes': .*{message}"):
         load_tests(declare(entry))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (None, "needs a table to learn from"),
+        (labelled(6).rename_column("label", "kind"), "train has no column 'label'"),
+        (labelled(6).filter(lambda row: row["label"] == 0), "at least two classes to learn"),
+    ],
+)
+def test_table_that_no_probe_can_learn_from_is_refused(train, message):
+    with pytest.raises(ValueError, match=message):
+        LinearProbeTest(labelled(6), train=train)
 
 
 @pytest.mark.parametrize("option", ["image_column", "caption_column", "pair_id_column"])
