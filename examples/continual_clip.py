@@ -65,13 +65,14 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
+from hf_modx.callbacks import replay_of
 from hf_modx.card_metadata import metric_name
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
 from hf_modx.demo_streams import DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub_run import UnpublishedPhases
 from hf_modx.hub_stream import NotAStream
-from hf_modx.load_data import at_most, load_splits
+from hf_modx.load_data import at_most, load_splits, load_table
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.provenance import is_hub_id
 from hf_modx.recipes import recipe_arguments, recipe_name
@@ -123,6 +124,14 @@ class ScriptArguments:
     phase_column: str | None = field(
         default=None, metadata={"help": "One phase a value; with --num_phases, equal parts in its order (time)."}
     )
+    replay_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Old or public pairs in the columns of the data, for recipes that replay: the memory starts with "
+            'them. Bounds are the recipe\'s: \'{"memory_size": 5000, "batch_share": 0.25}\'.'
+        },
+    )
+    replay_split: str = field(default="train", metadata={"help": "Split of replay_dataset: train[:10000]"})
     num_phases: int | None = field(default=None, metadata={"help": "Number of equal parts, random without a column."})
     phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
     test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
@@ -175,7 +184,11 @@ class ScriptArguments:
         if self.protocol is not None and self.data_root is not None:
             for name in {"images", "texts"} & set(self.recipe_options):
                 self.recipe_options[name] = source_of(self.recipe_options[name], self.data_root)
-        build_recipe(self.recipe, **self.recipe_options)  # tells what is wrong with it while the user still looks
+        callbacks = build_recipe(self.recipe, **self.recipe_options)  # tells what is wrong while the user still looks
+        if self.replay_dataset is not None and replay_of(callbacks) is None:
+            raise ValueError(f"--replay_dataset needs a recipe that replays: --recipe {recipe_name(self.recipe)}+er")
+        if self.replay_dataset is not None and self.model_name_or_path is None:
+            raise ValueError("--replay_dataset needs --model_name_or_path: the built-in stream replays its own base.")
         self._refuse_contradictions()
 
     def _refuse_contradictions(self) -> None:
@@ -337,6 +350,9 @@ def load_stream(script: ScriptArguments, args: ModXTrainingArguments) -> tuple[P
         return at_most(part, limit, args.seed)
 
     stream = stream.map_parts(limited)
+    if script.replay_dataset is not None:
+        columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "pair_id_column")}
+        stream = stream.with_replay(load_table(script.replay_dataset, script.replay_split), **columns)
     return stream.with_union_test() if script.union_test else stream, tests
 
 

@@ -18,13 +18,19 @@ def _promise(found: Mapping[str, Any]) -> str:
     allowed = f"at most {100 * found['max_forgetting']:g} %"
     if "end" not in found:
         return f"{allowed}; there was no test of what was learned before, so nothing is promised."
-    tests = ", ".join(f"{escaped(name)} ({metric_name(metric)})" for name, metric in found["tests"].items())
     before, after = (_mean(found[when]) for when in ("start", "end"))
     return (
-        f"{allowed} of the mean over {tests}, which went from {100 * before:.1f} to {100 * after:.1f} percent: "
-        f"{_change(found['forgetting'])}. {_how(found)} {found['steps']} of {found['planned_steps']} steps, "
-        f"{found['evaluations']} evaluations."
+        f"{allowed} of the mean of {_scores(found['tests'])}, which went from {100 * before:.1f} to "
+        f"{100 * after:.1f} percent: {_change(found['forgetting'])}. {_how(found)} "
+        f"{found['steps']} of {found['planned_steps']} steps, {found['evaluations']} evaluations."
     )
+
+
+def _scores(tests: Mapping[str, str]) -> str:
+    """Each metric with the tests that it is of."""
+    metrics = dict.fromkeys(tests.values())
+    of_metric = {metric: [escaped(name) for name, own in tests.items() if own == metric] for metric in metrics}
+    return " and ".join(f"{metric_name(metric)} on {', '.join(names)}" for metric, names in of_metric.items())
 
 
 def _how(found: Mapping[str, Any]) -> str:
@@ -35,8 +41,9 @@ def _how(found: Mapping[str, Any]) -> str:
         )
     said = f"Training was stopped after step {found['stopped_at']}. " if "stopped_at" in found else ""
     if "restored_step" in found:
-        where = f"after step {found['restored_step']}" if found["restored_step"] else "before the phase"
-        return f"{said}The weights are those {where}, the newest that were found within it."
+        if not found["restored_step"]:
+            return f"{said}No look found the budget kept: the weights are those before the phase."
+        return f"{said}The weights are those after step {found['restored_step']}, the newest found within the budget."
     return f"{said}The weights are those of the training."
 
 

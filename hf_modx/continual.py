@@ -24,10 +24,11 @@ from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged
 from .callbacks import LossCallback, check_budget, check_recipe, replay_of
 from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
+from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
 from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
-from .distributed import on_main_process
+from .distributed import on_each_process, on_main_process
 from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.cross_phase import CROSS_PHASE_METRICS
@@ -38,7 +39,7 @@ from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
 from .hub_run import RunOnHub
-from .identity import refused_changes, run_identity, weights_fingerprint
+from .identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
 from .image_cache import cache_resized_images
 from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
@@ -152,13 +153,17 @@ class ContinualRun:
             self._load_start(model, processing_class, revision)
         stream = self._with_tests(stream, tests or {})
         checks = StreamChecks(args)
-        self.stream, self.bad_samples = checks.usable(stream), checks.bad_samples
+        stream = checks.usable(stream, other_tests=len(self.label_tests))
+        self.bad_samples = checks.bad_samples
+        self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
+        self.stream = self.deletions.kept(stream)
         self.tests = self.stream.tests()
         learned_at = self._learned_at()
         self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
-        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, self.stream)
+        self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, stream)
+        self.identity["deletions"] = len(self.deletions)
         self.identity["tests"] |= {name: test.fingerprint() for name, test in self.label_tests.items()}
         self._base_max_steps = base_max_steps
         if model is None:
@@ -311,6 +316,7 @@ class ContinualRun:
             self.source = {"name": "small CLIP", "trained_on": self.stream.base.name}
             self.identity["start"] = weights_fingerprint(self.model)
             self._refuse_other_run()
+        on_main_process(self.deletions.carry_out)
         fresh = self.model is not None and not is_on_hub and not has_trained(self.folder)
         self._ids |= on_main_process(lambda: reopen(self.folder, self.identity, self._keepers()))
         self.state.wait_for_everyone()
@@ -362,7 +368,7 @@ class ContinualRun:
         than the trainer has, which is trained with an adapter."""
         phase = self.stream.phases[number - 1]
         starts_from = self._parent(number)
-        trainer = self._trainer(number, self._load_phase(starts_from), self._training_data(number))
+        trainer = self._trainer(number, self._load_parent(starts_from), self._training_data(number))
         logit_scale = [logit_scale_of(trainer.model)]
         memory = self._memory_after(number - 1)
         if memory is not None:
@@ -496,6 +502,16 @@ class ContinualRun:
 
     def _load_phase(self, number: int) -> nn.Module:
         return self._load(self.phase_folder(number))
+
+    def _load_parent(self, number: int) -> nn.Module:
+        """The model that a phase starts from and has as its teacher, which must be the one that the run has left."""
+        model, folder, expected = self._load_phase(number), self.phase_folder(number), self.identity["start"]
+        if number > 0:
+            known = read_json(self.folder / RESULTS)["training"][number - 1] or {}
+            # An adapter is merged into its base here, which another machine may round in another way.
+            expected = None if (folder / ADAPTER_CONFIG).exists() else known.get("weights")
+        on_each_process(lambda *_: refuse_other_weights(model, expected, folder) or [])
+        return model
 
     def _load(self, folder: Path) -> nn.Module:
         """The model of a phase, an adapter merged into the base that it is one of."""
@@ -649,6 +665,7 @@ class ContinualRun:
                 for name, bad in self.bad_samples.items()
                 if bad
             },
+            **self.deletions.results(number),
             **self.notes.results(number, self.label_tests),
             **self._disorder_results(number),
             **history_in_words(self._ids.get("history", []), self.identity, number),

@@ -18,7 +18,16 @@ from .distributed import on_main_process
 from .files import as_json, publish_file, publish_folder, read_json, write_json
 from .hub import CARD, CHECKPOINT, HubPublisher, Revision
 from .hub_faults import HubAccessError, HubError
-from .run_folder import RECORD, RESULTS, checkpoints_folder, finished_rows, forget_start, phase_folder, state_file
+from .run_folder import (
+    DELETED,
+    RECORD,
+    RESULTS,
+    checkpoints_folder,
+    finished_rows,
+    forget_start,
+    phase_folder,
+    state_file,
+)
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -116,7 +125,8 @@ class RunOnHub:
         on_hub = len(self.publisher.on_hub)
         for number in range(finished_rows(self.folder), on_hub):
             self._fetch_phase(number, ids)
-        if self.args.resume_from_hub and finished_rows(self.folder) == on_hub:
+        may_know_deleted_pairs = (self.folder / DELETED).exists()
+        if self.args.resume_from_hub and finished_rows(self.folder) == on_hub and not may_know_deleted_pairs:
             self._fetch_checkpoint(on_hub)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
@@ -204,7 +214,7 @@ class RunOnHub:
             raise error
 
 
-def revision_of_phase(run: Path, number: int, parent: int | None, title: str, **contents: Any) -> Revision:
+def revision_of_phase(run: Path, number: int, parent: int | None, title: str, /, **contents: Any) -> Revision:
     """See `RunOnHub.revision`, of the run in a folder."""
     folder = phase_folder(run, number)
     files = {

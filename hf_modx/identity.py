@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,21 +94,25 @@ def is_adapter(identity: Mapping[str, Any], number: int) -> bool:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | None = None) -> list[str]:
-    """What differs between two identities, in words; more phases at the end are no difference.
+    """What differs between two identities, in words; more phases at the end are no difference, and neither are fewer
+    rows in a run that was asked to forget pairs: they may be gone from the data too.
 
     Args:
         settled: a phase up to which alone the two must agree, as after a rollback to it: settings, recipe, and the
             data of later phases and of their tests may differ.
     """
     found = [] if settled is not None else setting_changes(before, now)
-    for name in ("base_max_steps", "start", "base"):
+    asked, known = before.get("deletions", 0), now.get("deletions", 0)
+    if asked > known:
+        found.append(f"it was asked {asked} times to forget pairs, and deleted.json here knows of {known}")
+    for name in ("base_max_steps", "start", *([] if known else ["base"])):
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     kept, later = before["phases"][:settled], before["phases"][len(before["phases"][:settled]) :]
     if len(kept) > len(now["phases"]):
         found.append(f"it has {len(kept)} phases and {len(now['phases'])} are given")
     for number, (old, new) in enumerate(zip(kept, now["phases"], strict=False), start=1):
-        if old != new:
+        if old != new and not (known and old["name"] == new["name"] and old["rows"] > new["rows"]):
             found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
     free = {phase["name"] for phase in later}
     for name, old in before.get("tests", {}).items():
@@ -144,12 +149,31 @@ def refused_changes(record: Mapping[str, Any], now: Mapping[str, Any], trained: 
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names and values of all parameters, the first 16 hexadecimal digits."""
+    """SHA-256 over names and values of all parameters, the first 16 hexadecimal digits. The values are those in fp32,
+    which is what a run trains in, whatever it was given."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu().contiguous()
+        values = values.float() if values.is_floating_point() else values
+        digest.update(values.view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def refuse_other_weights(model: nn.Module, expected: str | None, folder: Path) -> None:
+    """Raise a ValueError unless the model has the `weights_fingerprint` that was written down when its phase ended;
+    None: none was.
+
+    Args:
+        folder: that the model came from, for the message.
+    """
+    found = weights_fingerprint(model) if expected is not None else None
+    if found != expected:
+        raise ValueError(
+            f"{folder} holds other weights ({found}) than the phase ended with ({expected}, says the run): the next "
+            "one would start from another model and keep to it as its teacher. Put the folder back as it was, or "
+            "choose another output_dir."
+        )
 
 
 def _options(callback: LossCallback) -> dict[str, Any]:

@@ -554,7 +554,19 @@ def _data_notes(identity: Mapping[str, Any], results: Mapping[str, Any], number:
     left_out = [f"{bad['count']} of {escaped(name)}" for name, bad in results.get("bad_samples", {}).items()]
     if left_out:
         notes.append(f"Rows left out as bad samples: {', '.join(left_out)}.")
+    if deleted := results.get("deleted_pairs"):
+        notes.append(_deletions(deleted))
     return "\n\n".join(note for note in notes if note)
+
+
+def _deletions(deleted: Mapping[str, int]) -> str:
+    asked = [f"{deleted[kind]} {kind.replace('_', ' ')}" for kind in ("pair_ids", "images") if deleted[kind]]
+    known = deleted["trained_before"]
+    earlier = f" The models of phases 1 to {known} were trained before some of this was asked." if known else ""
+    return (
+        f"Deleted on request, from the replay memory ({deleted['rows_from_memory']} rows) and from what this phase "
+        f"was trained on: {' and '.join(asked)}.{earlier} What a model has learned before may remain in it."
+    )
 
 
 def _environment_table(known: Mapping[str, Any]) -> str:

@@ -37,4 +37,9 @@ def _digest(stored: dict | None) -> bytes | None:
     if content is None:
         path = Path(stored["path"] or "")
         content = path.read_bytes() if path.is_file() else None
-    return None if content is None else hashlib.blake2b(content, digest_size=16).digest()
+    return None if content is None else image_digest(content)
+
+
+def image_digest(content: bytes) -> bytes:
+    """A hash of an image's bytes as they are stored."""
+    return hashlib.blake2b(content, digest_size=16).digest()

@@ -108,6 +108,33 @@ class PhaseStream:
         extra = {name: change(f"{name} (test)", dataset) for name, dataset in self.extra_tests.items()}
         return PhaseStream(phases, base, extra, self.union_tests)
 
+    def with_replay(
+        self,
+        pairs: Dataset,
+        *,
+        image_column: str = "image",
+        caption_column: str = "caption",
+        pair_id_column: str = "pair_id",
+    ) -> "PhaseStream":
+        """The same stream with old pairs, or public ones, as its base: recipes that replay start with a memory of
+        them, and mix it with what the phases bring (see `Replay`).
+
+        Args:
+            pairs: with images and captions in the columns of the stream. Pair ids count as the stream's own; where
+                they are others, leave the column out.
+            image_column, caption_column, pair_id_column: of both.
+
+        Raises:
+            ValueError: the stream has a base already, or a column is missing.
+            TypeError: a column of a wrong type.
+        """
+        from .replay_dataset import like_stream  # which knows what a stream is
+
+        if self.base is not None:
+            raise ValueError(f"The stream has a base, {self.base.name!r}, whose pairs are replayed: give no others.")
+        table = like_stream(pairs, self.phases[0].train, (image_column, caption_column, pair_id_column))
+        return replace(self, base=Phase("replay", table))
+
     def with_union_test(self, name: str = "union") -> "PhaseStream":
         """The same stream with one test more: the pairs of all tests in one gallery, where what one phase has taught
         can be taken for what another has. It is in the matrix and in no number of its summary."""

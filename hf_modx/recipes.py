@@ -130,7 +130,13 @@ def cclip(*, merge_factor: float = 0.5, **options: Any) -> list[LossCallback]:
     return [Contrastive(), ProjectedDistillation(**options), WiseFT(merge_factor)]
 
 
-def modx_plus(*, alpha: float = 2.0, memory_size: int | float = 0.05, batch_share: float = 0.25) -> list[LossCallback]:
+def modx_plus(
+    *,
+    alpha: float = 2.0,
+    reference_batch_size: int | None = None,
+    memory_size: int | float = 0.05,
+    batch_share: float = 0.25,
+) -> list[LossCallback]:
     """Our own combination: Mod-X over batches of which a quarter comes from a memory of 5 % of the pairs seen. The old
     model has most replayed rows right, so that Mod-X has something to keep where everything new is unknown to it.
 
@@ -138,10 +144,11 @@ def modx_plus(*, alpha: float = 2.0, memory_size: int | float = 0.05, batch_shar
     the last phase.
 
     Args:
-        alpha: of `ModX`; the value is for batches of 128.
+        alpha, reference_batch_size: of `ModX`; the value is for batches of 128.
         memory_size, batch_share: of `ExperienceReplay`.
     """
-    return [ModX(alpha), ExperienceReplay(memory_size, batch_share, contrastive=False)]
+    modx = ModX(alpha, reference_batch_size=reference_batch_size)
+    return [modx, ExperienceReplay(memory_size, batch_share, contrastive=False)]
 
 
 RECIPES: dict[str, Recipe] = {

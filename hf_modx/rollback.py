@@ -18,6 +18,7 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from .deletion import Deletions
 from .evaluation import EvaluationMatrix
 from .files import read_json, write_json
 from .hub import HubPublisher
@@ -57,7 +58,8 @@ def rollback(run: Path, number: int) -> list[str]:
         raise ValueError(f"{run} holds no run: there is no {RECORD} in it.")
     _check(run, number)
     record = _record_after(record, number)
-    results = _results_after(read_json(run / RESULTS), number)
+    deleted = Deletions(run, ("", "")).results(number)  # which asks for no columns
+    results = _results_after(read_json(run / RESULTS), number) | deleted
     published = read_json(run / HUB_FILE)
     if published is None:
         write_json(run / JOURNAL, {"to": number})
@@ -96,7 +98,7 @@ def reopen(run: Path, identity: Mapping[str, Any], keepers: list[str]) -> dict[s
     if "identity" not in record:
         return {}
     before, history = record["identity"], record.get("history", [])
-    _forget_other_tests(run, before["tests"], identity["tests"])
+    _forget_other_tests(run, before.get("tests", {}), identity["tests"])
     if before["recipe_args"] != identity["recipe_args"]:
         _forget_other_recipe(run)
         _begin_to_keep(run, last, [name for name in keepers if name not in before["recipe_args"]])
@@ -141,28 +143,29 @@ def _record_after(record: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 def _results_after(results: Mapping[str, Any], number: int) -> dict[str, Any]:
     """results.json as it was after the phase."""
-    phases, tests = results["phases"][:number], results["tests"]
-    learned_at = [k if k is None or k <= number else None for k in results["learned_at"]]
-    cut = {
-        name: {metric: rows[: number + 1] for metric, rows in results[name].items()} for name in ("matrix", "ranks")
-    }
-    summary = {
-        metric: EvaluationMatrix(phases, tests, rows, learned_at).summary() for metric, rows in cut["matrix"].items()
-    }
-    earlier = [entry for entry in results.get("changed_settings", []) if entry["until_phase"] < number]
-    found = {
-        **results,
-        **cut,
-        "phases": phases,
-        "learned_at": learned_at,
-        "summary": summary,
-        "training": results["training"][:number],
-        "changed_settings": earlier,
-    }
+    rows = slice(number + 1)
+    found = dict(results)
+    found["phases"], found["training"] = results["phases"][:number], results["training"][:number]
+    found.pop("deleted_pairs", None)
+    found["learned_at"] = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
+    for name in ("matrix", "ranks"):
+        found[name] = {metric: values[rows] for metric, values in results[name].items()}
+    matrices = {metric: EvaluationMatrix.from_results(found, metric) for metric in found["matrix"]}
+    found["summary"] = {metric: matrix.summary() for metric, matrix in matrices.items()}
+    if "evaluation_seconds" in results:
+        found["evaluation_seconds"] = results["evaluation_seconds"][rows]
+    if "per_class" in results:
+        found["per_class"] = {
+            test: {**of_test, "zero_shot_top1": of_test["zero_shot_top1"][rows]}
+            for test, of_test in results["per_class"].items()
+        }
     if "spatial_disorder" in results:
-        disorder = results["spatial_disorder"]
-        found["spatial_disorder"] = {**disorder, "phases": disorder["phases"][: number + 1]}
-    return {name: value for name, value in found.items() if name != "changed_settings" or earlier}
+        phases = results["spatial_disorder"]["phases"][rows]
+        found["spatial_disorder"] = {**results["spatial_disorder"], "phases": phases}
+        if not any(phases):
+            del found["spatial_disorder"]
+    changed = [entry for entry in found.pop("changed_settings", []) if entry["until_phase"] < number]
+    return {**found, "changed_settings": changed} if changed else found
 
 
 def _go_back_on_hub(

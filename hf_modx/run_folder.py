@@ -13,6 +13,8 @@ from .files import has_whole_seal, read_json
 logger = logging.getLogger(__name__)
 
 RECORD, RESULTS, MEMORY = "run.json", "results.json", "memory"
+DELETED = "deleted.json"
+"""Requests to forget pairs: ids and hashes, never an image or a caption. It is not published."""
 
 
 def phase_folder(run: Path, number: int) -> Path:

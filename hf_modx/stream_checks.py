@@ -26,8 +26,12 @@ class StreamChecks:
         self.args = args
         self.bad_samples: dict[str, list[BadSample]] = {}
 
-    def usable(self, stream: PhaseStream) -> PhaseStream:
+    def usable(self, stream: PhaseStream, *, other_tests: int = 0) -> PhaseStream:
         """The stream without the rows that cannot be used.
+
+        Args:
+            stream: with the retrieval tests.
+            other_tests: how many there are beside it.
 
         Raises:
             TypeError, ValueError: columns that are missing or of another type; rows that cannot be used, unless
@@ -36,6 +40,8 @@ class StreamChecks:
         _refuse_unknown_pair_ids(stream, self.args.pair_id_column)
         stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
         _refuse_too_few_pairs(stream, self.args)
+        if not stream.tests() and other_tests == 0:
+            logger.warning("No phase has a test: nothing will tell what was forgotten. See test_fraction.")
         return stream
 
     def _without_bad_samples(self, name: str, part: Dataset) -> Dataset:
@@ -89,5 +95,3 @@ def _refuse_too_few_pairs(stream: PhaseStream, args: ModXTrainingArguments) -> N
     for name, (dataset, _) in stream.tests().items():
         if len(dataset) < world_size():
             raise ValueError(f"Test {name!r} has {len(dataset)} rows, too few for {world_size()} processes.")
-    if not stream.tests():
-        logger.warning("No phase has a test: nothing will tell what was forgotten. See test_fraction.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, concatenate_datasets
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ from .gradcache import GradientCache, join_batches
 from .hub_faults import describe
 from .learning_rates import give_own_learning_rate
 from .log_means import LogMeans
+from .lost_processes import PatientBatches, told_of_lost_processes
 from .model_card import trainer_card
 from .pair_groups import Arrangement, arrangement_for
 from .ready_batch import (
@@ -172,6 +173,7 @@ class ModXTrainer(Trainer):
         if train_dataset is not None:
             self._remember_phase_start()
         self._means = LogMeans()
+        self._reading: PatientBatches | None = None
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
@@ -226,7 +228,8 @@ class ModXTrainer(Trainer):
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
             # without DDP and the processes would drift apart in silence.
             self.model._is_accelerate_prepared = False
-        output = super().train(*args, **kwargs)
+        with told_of_lost_processes(self.args):
+            output = super().train(*args, **kwargs)
         if not (self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps):
             self.finish_phase()
         return output
@@ -490,6 +493,7 @@ class ModXTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
             persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
+            timeout=self.args.dataloader_timeout if workers else 0,
         )
         # As for one process: the batches are shared out already.
         return prepare_data_loader(
@@ -500,6 +504,16 @@ class ModXTrainer(Trainer):
             put_on_device=True,
             non_blocking=self.accelerator.non_blocking,
         )
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """As in `Trainer`, from workers that may die or hang (see `PatientBatches`)."""
+        loader = self.callback_handler.train_dataloader
+        if not self.args.dataloader_num_workers or not hasattr(loader, "batch_sampler"):
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._reading is None or self._reading.of_epoch is not epoch_iterator:
+            taken = round((self.state.epoch or 0.0) % 1 * len(loader))
+            self._reading = PatientBatches(epoch_iterator, lambda n: iter(skip_first_batches(loader, n)), taken)
+        return super().get_batch_samples(self._reading, num_batches, device)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         names = super().get_decay_parameter_names(model)

@@ -109,6 +109,13 @@ class ModXTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Apply weight decay to logit_scale too, as the authors' code and the stock Trainer do."},
     )
+    dataloader_timeout: int = field(
+        default=0,
+        metadata={
+            "help": "Seconds that a worker of the data loader may take for a batch. Where one takes longer, as with a "
+            "disk that does not answer, new ones read the batch again, up to twice. 0 waits for ever."
+        },
+    )
     max_logit_scale: float = field(
         default=100.0,
         metadata={
@@ -265,6 +272,8 @@ class ModXTrainingArguments(TrainingArguments):
             )
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(f"gradient_cache_chunk_size must be at least 1, got {self.gradient_cache_chunk_size}.")
+        if self.dataloader_timeout < 0:
+            raise ValueError(f"dataloader_timeout must be at least 0 seconds, got {self.dataloader_timeout}.")
         if not self.max_logit_scale >= 1:
             raise ValueError(f"max_logit_scale must be at least 1, got {self.max_logit_scale}.")
         if self.text_learning_rate is not None and self.text_learning_rate_factor is not None:

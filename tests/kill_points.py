@@ -175,6 +175,7 @@ def outcome(run: Path) -> dict:
     names of all files outside the checkpoints."""
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and "checkpoints" not in path.parts]
     results = json.loads((run / "results.json").read_text())
+    results.pop("evaluation_seconds", None)
     for record in results["training"]:
         for clock in CLOCKS:
             record.pop(clock, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
 from transformers.utils import logging as transformers_logging
 
@@ -318,6 +318,23 @@ def test_other_data_of_a_phase_is_refused(run):
     other = PhaseStream((other.phases[1], other.phases[0]), base=other.base)
     with pytest.raises(ValueError, match="phase 1 was 'part 1'"):
         run(other)
+
+
+@pytest.mark.parametrize(("number", "phases"), [(0, 1), (2, 3)])
+def test_model_that_is_not_what_the_phase_before_has_left_is_no_teacher(run, make_args, tmp_path, number, phases):
+    """Its folder was changed while the run was not going."""
+    args = make_args(max_steps=3, save_strategy="steps", save_steps=1)
+    if number:
+        run(make_stream(number), args=args)
+    else:
+        with pytest.raises(SystemError):
+            run(make_stream(1), args=args, callbacks=[StopAt(1, 3)])
+    weights_file = tmp_path / "out" / f"phase-{number}" / "model.safetensors"
+    changed = load_file(weights_file)
+    changed["visual_projection.weight"][0, 0] += 0.001
+    save_file(changed, weights_file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"phase-{number} holds other weights .* than the phase ended with"):
+        run(make_stream(phases), args=args)
 
 
 class StopAt(TrainerCallback):

@@ -1,5 +1,6 @@
 """Several processes: the same weights as one."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -231,12 +232,12 @@ class KeepWeights(TrainerCallback):
         save_file(tensors, run / f"{phase}-rank-{args.process_index}.safetensors")
 
 
-def run_phases(folder, batch_size):
+def run_phases(folder, batch_size, callbacks=(), **changes):
     processor = tiny_processor()
     stream = PhaseStream.random(tiny_pairs(48), 2, test_fraction=0.25)
-    args = arguments(folder, batch_size, optim="sgd", learning_rate=0.05)
-    model = tiny_clip(processor)
-    ContinualRun(stream, "modx", args, model=model, processing_class=processor, callbacks=[KeepWeights()]).run()
+    args = arguments(folder, batch_size, optim="sgd", learning_rate=0.05, **changes)
+    model, callbacks = tiny_clip(processor), [KeepWeights(), *callbacks]
+    ContinualRun(stream, "modx", args, model=model, processing_class=processor, callbacks=callbacks).run()
 
 
 @pytest.mark.slow
@@ -249,3 +250,25 @@ def test_every_phase_of_two_processes_is_that_of_one(tmp_path):
         assert largest_difference(*ranks) == 0, phase
         assert largest_difference(one, ranks[0]) < 1e-5, phase
         assert largest_difference(tmp_path / "two" / phase / "model.safetensors", ranks[0]) == 0, phase
+
+
+class PowerCut(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.output_dir.endswith("phase-2") and state.global_step == 4:
+            raise SystemError("power cut")
+
+
+def go_on_with_two(folder):
+    run_phases(folder, 4, save_strategy="steps", save_steps=3)
+
+
+@pytest.mark.slow
+def test_run_of_one_process_goes_on_with_two_and_the_same_global_batch(tmp_path):
+    with pytest.raises(SystemError):
+        run_phases(tmp_path / "cut", 8, [PowerCut()], save_strategy="steps", save_steps=3)
+    launch(2, go_on_with_two, tmp_path / "cut")
+    run_phases(tmp_path / "whole", 8)
+    record = json.loads((tmp_path / "cut" / "phase-2" / "training.json").read_text())
+    assert record["resumed_at_step"] == 3
+    cut, whole = (tmp_path / name / "phase-2" / "model.safetensors" for name in ("cut", "whole"))
+    assert largest_difference(cut, whole) < 1e-5

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "study")]
 
 import own_callback  # noqa: E402
+import pretrained_start  # noqa: E402
 import run as study  # noqa: E402
 
 import continual_clip  # noqa: E402
@@ -50,6 +51,9 @@ def check_script(script: str, flags: list[str]) -> None:
         parse_arguments(kinds, [*flags, "--use_cpu", "true"], continual_clip.defaults)
     elif script == "examples/own_callback.py":
         parse_arguments((own_callback.RelationArguments, ModXTrainingArguments), [*flags, "--use_cpu", "true"])
+    elif script == "examples/pretrained_start.py":
+        kinds = (pretrained_start.TowerArguments, ModXTrainingArguments)
+        parse_arguments(kinds, [*flags, "--use_cpu", "true"])
     elif script == "examples/study/run.py":
         _, further = study.parse(flags)
         check_script("examples/continual_clip.py", further)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -27,8 +28,12 @@ from hf_modx.report import read_run
 from hf_modx.report.tables import compare
 from hf_modx.report.writing import default_metrics
 
-from test_continual import make_stream
+from test_continual import TESTS, make_stream
 from tiny import tiny_clip, tiny_pairs
+
+sys.path[:0] = [str(TESTS.parent / "examples" / "study")]
+
+import index as study_index  # noqa: E402
 
 
 def rotation(dim=8):
@@ -223,7 +228,8 @@ def check(place, capsys):
 def test_index_of_a_model_that_has_only_turned_is_to_be_realigned(check, place, tmp_path):
     out, file = tmp_path / "new" / "values.json", tmp_path / "map.safetensors"
     text = check("old", "turned", "--output_file", out, "--save_map", file)
-    assert text.splitlines()[-1].startswith("Re-align the index: turned by one orthogonal map it loses 0.0 points")
+    for line, of in zip(text.splitlines()[-2:], ("images", "texts"), strict=True):
+        assert line.startswith(f"Re-align the index of {of}: turned by one orthogonal map it loses 0.0 points")
     report = json.loads(out.read_text())
     found = report["values"]["may_test"]
     assert found["realigned"] == found["rebuilt"] == found["before"]
@@ -234,26 +240,32 @@ def test_index_of_a_model_that_has_only_turned_is_to_be_realigned(check, place, 
 
 def test_index_of_the_same_model_is_to_be_kept(check):
     report = json.loads(check("old", "old", "--json"))
-    assert report["advice"].startswith("Keep the index: as it stands it loses 0.0 points")
+    assert report["advice"]["images"].startswith("Keep the index of images: as it stands it loses 0.0 points")
 
 
 @pytest.mark.parametrize(
     ("stale", "realigned", "said"),
     [
-        (0.496, 0.5, "Keep the index: as it stands it loses 0.9 points"),
-        (0.6, 0.7, "Keep the index: as it stands it loses 0.5 points"),
-        (0.3, 0.5, "Re-align the index: turned by one orthogonal map it loses 0.5 points, as it stands 20.5"),
-        (0.3, 0.48, "Rebuild the index: re-aligned it loses 2.5 points, as it stands 20.5"),
+        (0.495, 0.5, "Keep the index of texts: as it stands it loses 0.5 points (recall@1 as it stands 49.5 %"),
+        (0.6, 0.7, "Keep the index of texts: rebuilt it would lose 10.0 points"),
+        (
+            0.3,
+            0.52,
+            "Re-align the index of texts: turned by one orthogonal map it loses 0.0 points, as it stands 20.0",
+        ),
+        (0.3, 0.48, "Rebuild the index of texts: as it stands it loses 20.0 points, re-aligned 2.0"),
     ],
 )
-def test_advice_is_the_cheapest_way_that_keeps_the_recall_both_ways(stale, realigned, said):
-    def recalls(to_image, to_text):
-        return {"cross_phase_text_to_image_recall@1": to_image, "cross_phase_image_to_text_recall@1": to_text}
+def test_advice_is_the_cheapest_way_that_keeps_the_recall_of_this_index(stale, realigned, said):
+    def tests(of_one, of_other):
+        return {"cross_phase_text_to_image_recall@1": 0.9, "cross_phase_image_to_text_recall@1": (of_one + of_other)}
 
-    values = {"stale": recalls(stale, 0.7), "realigned": recalls(realigned, 0.7), "rebuilt": recalls(0.5, 0.7)}
-    lower = {how: recalls(*(value - 0.01 for value in found.values())) for how, found in values.items()}
-    lower["rebuilt"] = recalls(0.5, 0.7)
-    assert advice({"one": values, "two": lower}, 0.01).startswith(said)
+    found = {"stale": stale, "realigned": realigned, "rebuilt": 0.5}
+    values = {
+        test: {how: tests(value, more) for how, value in found.items()} for test, more in (("a", 0.1), ("b", -0.1))
+    }
+    assert advice(values, "texts", 0.01).startswith(said)
+    assert advice(values, "images", 0.01).startswith("Keep the index of images: as it stands it loses 0.0 points")
 
 
 def test_half_of_a_test_fits_the_maps_where_there_is_no_training_split(place, tmp_path, capsys):
@@ -332,3 +344,24 @@ def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
     row = {"may": {}}
     CrossPhaseOfRun(gone).complete(1, row, {"may": None})
     assert row == {"may": {}} and "The index of 'may' cannot be asked. phase-0 is not there" in caplog.text
+
+
+# ---- In the study ----
+
+
+def test_study_tells_of_runs_that_are_there_and_measures_them_once(finished, tmp_path, monkeypatch, capsys):
+    run, results = finished
+    monkeypatch.setattr(study_index, "DEMO_STREAMS", {"domain": lambda seed: make_stream(2)})
+    (tmp_path / "study" / "domain").mkdir(parents=True)
+    (tmp_path / "study" / "domain" / "finetune-seed42").symlink_to(run.folder)
+    study_index.main([str(tmp_path / "study"), "--output_dir", str(tmp_path)])
+    file = tmp_path / "index" / "domain" / "finetune-seed42.json"
+    first, *_, last = json.loads(file.read_text())
+    assert (first["old"], first["new"], first["fitted_on"]) == (0, 1, 9) and (last["old"], last["new"]) == (0, 2)
+    across = results["matrix"]["cross_phase_text_to_image_recall@1"]
+    assert last["values"]["stale"]["cross_phase_text_to_image_recall@1"] == pytest.approx(across[2][0])
+    assert "| after one phase | text to image | finetune | 42 |" in (tmp_path / "index.md").read_text()
+    monkeypatch.setattr(study_index, "measured", lambda *args: 1 / 0)
+    study_index.main([str(tmp_path / "study"), "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no finished runs"):
+        study_index.main([str(tmp_path)])

@@ -73,6 +73,17 @@ def assert_nothing_is_clipped(figure, path):
     assert (pixels[margin] == 255).all()
 
 
+def test_matrix_of_100_phases_is_no_larger_than_one_of_24(drawn, tmp_path):
+    """It is drawn after every phase, and the text is what takes the time."""
+    many = matrix([f"phase {number}" for number in range(100)])
+    draw_matrix(many, tmp_path / "m.png", "recall")
+    axes = drawn[0].axes[0]
+    assert axes.images[0].get_array().shape == (101, 100)
+    assert (len(axes.get_xticks()), len(axes.get_yticks()), len(axes.texts)) == (20, 21, 0)
+    with Image.open(tmp_path / "m.png") as picture:
+        assert max(picture.size) < 2600
+
+
 def test_curves_are_whole(drawn, tmp_path):
     runs = {name: [matrix(NAMES), matrix(NAMES, 0.02)] for name in NAMES}
     draw_curves(runs, tmp_path / "curves.png", "Image-to-text recall@1, %")

@@ -10,20 +10,21 @@ import pytest
 import torch
 import yaml
 from datasets import ClassLabel, DatasetDict
-from transformers import CLIPModel
+from transformers import AutoModel, CLIPModel
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import own_callback  # noqa: E402
+import pretrained_start  # noqa: E402
 
 from hf_modx import ModXTrainer, Phase, PhaseStream, build_recipe  # noqa: E402
 from hf_modx.data import PairCollator  # noqa: E402
 
 import continual_clip  # noqa: E402
 from launch import launch  # noqa: E402
-from tiny import SHAPES, tiny_clip, tiny_pairs  # noqa: E402
+from tiny import SHAPES, tiny_clip, tiny_dual_encoder, tiny_pairs  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -44,10 +45,10 @@ def start(model, processor, tmp_path):
 def cook(start, tmp_path):
     """Run the example with a configuration on the tiny model for a few steps; returns the folder of the run."""
 
-    def cook(*flags, steps: int = 2):
+    def cook(*flags, steps: int = 2, model: str = start):
         out = tmp_path / "out"
         quick = ["--max_steps", str(steps), "--logging_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true"]
-        continual_clip.main([*flags, "--model_name_or_path", start, *quick, "--output_dir", str(out)])
+        continual_clip.main([*flags, "--model_name_or_path", model, *quick, "--output_dir", str(out)])
         return out
 
     return cook
@@ -103,7 +104,7 @@ def test_domain_is_learned_half_way_and_the_zero_shot_test_measured_before_and_a
         torch.testing.assert_close(half[name], (old[name] + whole[name]) / 2, atol=1e-6, rtol=0)
 
 
-def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path):
+def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path, caplog):
     for name, start in (("my_flowers", 0), ("my_birds", 24)):
         kinds = tiny_pairs(24, start=start)
         shapes = [row["caption"][0].split()[-1] for row in kinds]
@@ -115,6 +116,7 @@ def test_labels_are_learned_as_classes_and_tested_as_classes(cook, tmp_path):
     assert results(run)["phases"] == ["flowers", "birds"]
     after_flowers, after_birds = results(run)["matrix"]["zero_shot_top1"][1:]
     assert None not in after_flowers + after_birds
+    assert "No phase has a test" not in caplog.text
     terms = results(run)["training"][0]["log"]
     assert {"classification", "reference_images", "reference_texts"} <= set(terms) and "contrastive" not in terms
 
@@ -127,15 +129,6 @@ def test_adapters_are_trained_and_merged_and_the_rest_of_the_model_stays_as_it_w
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     adapted = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "out_proj.weight", "fc1.weight", "fc2.weight")
     assert changed == {name for name in old if name.endswith(adapted)}
-
-
-def test_one_adapter_a_phase_leaves_the_base_out(cook, tmp_path):
-    """What the configuration offers in its last line."""
-    tiny_pairs(16).to_parquet(tmp_path / "pairs.parquet")
-    data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "1"]
-    run = cook(config("lora_one_gpu.yaml"), *data, "--lora_merge", "false", steps=1)
-    assert (run / "phase-1" / "adapter_model.safetensors").exists()
-    assert not (run / "phase-1" / "model.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -211,3 +204,33 @@ def test_own_callback_s_script_prints_the_matrix(tmp_path, monkeypatch, capsys):
     assert "| part 1 |" in capsys.readouterr().out
     identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
     assert identity["recipe_args"]["ImageRelations"]["weight"] == 2
+
+
+# ---- A start of two pretrained towers ----
+
+
+@pytest.fixture
+def towers(tmp_path):
+    """A tiny image tower and a tiny text tower in folders of their own."""
+    model, processor = tiny_dual_encoder("vision-text-dual-encoder")
+    for part in (model.vision_model, processor.image_processor):
+        part.save_pretrained(tmp_path / "image tower")
+    for part in (model.text_model, processor.tokenizer):
+        part.save_pretrained(tmp_path / "text tower")
+    tiny_pairs(32).to_parquet(tmp_path / "pairs.parquet")
+    return model
+
+
+def test_two_towers_are_joined_by_what_is_behind_them_and_start_a_stream(towers, cook, tmp_path):
+    flags = ["--vision_model", str(tmp_path / "image tower"), "--text_model", str(tmp_path / "text tower")]
+    flags += ["--dataset_name", str(tmp_path / "pairs.parquet"), "--projection_dim", "8", "--max_steps", "3"]
+    flags += ["--per_device_train_batch_size", "8", "--use_cpu", "true", "--save_strategy", "no"]
+    start = tmp_path / "towers"
+    pretrained_start.main([*flags, "--output_dir", str(start)])
+    joined = AutoModel.from_pretrained(start)
+    for name, tower in (("vision_model", towers.vision_model), ("text_model", towers.text_model)):
+        after = getattr(joined, name).state_dict()
+        assert all(torch.equal(weight, after[key]) for key, weight in tower.state_dict().items())
+    data = ["--dataset_name", str(tmp_path / "pairs.parquet"), "--num_phases", "1", "--peft", "lora"]
+    run = cook(*data, "--per_device_train_batch_size", "8", model=str(start))
+    assert len(results(run)["matrix"]["image_to_text_recall@1"]) == 2

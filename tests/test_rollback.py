@@ -19,6 +19,7 @@ from hf_modx.hub_faults import RepositoryConflict
 from hf_modx.hub_run import revision_of_phase
 from hf_modx.rollback import JOURNAL, refuse_unfinished_rollback, reopen, rollback
 
+from hub_server import Faults
 from test_continual import StopAt, make_stream, results, run, same, weights  # noqa: F401 - run is a fixture
 
 
@@ -30,7 +31,7 @@ def untimed(content):
     """Results without what a clock has measured."""
     clocks = ("train_runtime", "train_samples_per_second", "log", "environment")
     training = [{name: value for name, value in phase.items() if name not in clocks} for phase in content["training"]]
-    return {**content, "training": training}
+    return {**content, "training": training, "evaluation_seconds": None}
 
 
 # ---- On the disk ----
@@ -49,11 +50,11 @@ def start(kept, run, make_args, tmp_path):  # noqa: F811
     """Starts a finished run of two phases, with memory and states, again; its folder is `out`."""
 
     def start(stream=None, **changes):
-        return run(stream or make_stream(2), KEEPING, make_args(**{"max_steps": 2, **changes}))
+        return run(stream or make_stream(2).with_union_test(), KEEPING, make_args(**{"max_steps": 2, **changes}))
 
     if not (kept / "out").exists():
         with pytest.raises(SystemError):
-            run(make_stream(2), KEEPING, make_args(max_steps=2), callbacks=[StopAt(2, 1)])
+            run(make_stream(2).with_union_test(), KEEPING, make_args(max_steps=2), callbacks=[StopAt(2, 1)])
         shutil.copytree(tmp_path / "out", kept / "one")
         start()
         shutil.copytree(tmp_path / "out", kept / "out")
@@ -172,13 +173,13 @@ def test_run_is_refused_until_its_rollback_is_finished(start, out):
 # ---- On the Hub ----
 
 
+@pytest.mark.slow
 def test_hub_goes_back_and_on_with_other_settings(hub, make_run):  # noqa: F811
-    make_run(3).run()
-    heads, stamps = branches(hub), tags(hub)
-    run = make_run(3)  # noqa: F811
-    old = weights(run, 2)
+    run = make_run()  # noqa: F811
+    run.run()
+    heads, stamps, old = branches(hub), tags(hub), weights(run, 2)
     rollback(run.folder, 1)
-    assert branches(hub) == {name: heads[name] for name in ("phase-0", "phase-1")} | {"main": branches(hub)["main"]}
+    assert branches(hub) == {**{name: heads[name] for name in ("phase-0", "phase-1")}, "main": branches(hub)["main"]}
     assert tags(hub) == {name: stamps[name] for name in ("phase-0-final", "phase-1-final")}
     assert commits(hub, "main")[-1] == "Back to phase 1"
     of_main, of_phase = content(hub, "main"), content(hub, "phase-1")
@@ -186,28 +187,44 @@ def test_hub_goes_back_and_on_with_other_settings(hub, make_run):  # noqa: F811
     assert json.loads(of_main.pop("results.json")) == json.loads(of_phase.pop("results.json"))
     assert json.loads(of_main.pop("run.json"))["phase"] == 1 and of_phase.pop("run.json")
     assert of_main == of_phase
-    again = make_run(3, learning_rate=5e-3)
+    again = make_run(learning_rate=5e-3)
     again.run()
-    for number, parent in ((2, 1), (3, 2)):
-        assert commits(hub, f"phase-{number}")[:-1] == commits(hub, f"phase-{parent}")
-        assert tags(hub)[f"phase-{number}-final"] == branches(hub)[f"phase-{number}"]
-    assert content(hub, "main") == content(hub, "phase-3")
+    assert commits(hub, "phase-2") == [*commits(hub, "phase-1"), "Phase 2: part 2"]
+    assert tags(hub)["phase-2-final"] == branches(hub)["phase-2"]
+    assert content(hub, "main") == content(hub, "phase-2")
     assert json.loads(content(hub, "main")["results.json"])["changed_settings"][0]["until_phase"] == 1
     assert not same(weights(again, 2), old)
-    elsewhere = make_run(3, folder="elsewhere", learning_rate=5e-3)
+    elsewhere = make_run(folder="elsewhere", learning_rate=5e-3)
     elsewhere.run()
     assert record_of(elsewhere.folder)["history"] == record_of(again.folder)["history"]
-    assert same(weights(elsewhere, 3), weights(again, 3))
+    assert same(weights(elsewhere, 2), weights(again, 2))
 
 
-def test_folder_that_was_overtaken_cannot_go_back(hub, make_run):  # noqa: F811
-    make_run(1).run()
-    run = make_run(1, folder="elsewhere")  # noqa: F811
-    run.run()
-    before = on_disk(run.folder.parent / "out"), branches(hub), tags(hub)
+def test_published_phase_that_main_does_not_know_yet_is_gone_on_with(hub, tmp_path):
+    """Killed after the first phase with other settings had its tag: main still holds the settings before."""
+    make_up_run(tmp_path, 1)
+    publish(tmp_path)
+    rollback(tmp_path, 1)
+    make_up_run(tmp_path, 2, recipe="other")
+    hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/main")
+    assert publish(tmp_path) == ("main",)
+    hub.faults = Faults()
+    assert publish(tmp_path) == ()
+    assert content(hub, "main") == content(hub, "phase-2")
+    make_up_run(tmp_path, 2, recipe="a third one")
+    with pytest.raises(RepositoryConflict, match="recipe was 'other' and is 'a third one'"):
+        publish(tmp_path)
+
+
+def test_folder_that_was_overtaken_cannot_go_back(hub, tmp_path):
+    folder = tmp_path / "run"
+    make_up_run(folder, 1)
+    publish(folder)
+    HubPublisher(REPO, tmp_path / "other").claim({**record_of(folder), "writer": "other"}, is_new=True)
+    before = on_disk(folder), branches(hub), tags(hub)
     with pytest.raises(RepositoryConflict, match="Another folder has become the writer"):
-        rollback(run.folder.parent / "out", 0)
-    assert (on_disk(run.folder.parent / "out"), branches(hub), tags(hub)) == before
+        rollback(folder, 0)
+    assert (on_disk(folder), branches(hub), tags(hub)) == before
 
 
 # ---- Killed in between ----
@@ -217,40 +234,49 @@ class Killed(BaseException):
     pass
 
 
-class Executioner:
-    """Kills before the n-th change of a file of the run or of the Hub; removing a folder is a change and a half."""
+@pytest.fixture
+def kill_before(monkeypatch, tmp_path):
+    """`kill_before(n)`: dies before the n-th change to the run in the folder `run` or to the Hub. Half of a folder is
+    gone when it dies while removing it."""
+    left = None
 
-    def __init__(self, monkeypatch, folder):
-        self.folder, self.left = str(folder), None
-        for name in ("create_commit", "delete_tag", "delete_branch"):
-            monkeypatch.setattr(HfApi, name, self.watched(getattr(HfApi, name)))
-        monkeypatch.setattr("hf_modx.files.write_text", self.watched(write_text))
-        monkeypatch.setattr(Path, "unlink", self.watched(Path.unlink))
-        monkeypatch.setattr("hf_modx.rollback.shutil", SimpleNamespace(rmtree=self.watched(shutil.rmtree)))
+    def kill_before(number):
+        nonlocal left
+        left = number
 
-    def watched(self, change):
+    def count():
+        nonlocal left
+        if left is not None:
+            left -= 1
+            if left == 0:
+                left = None
+                raise Killed
+
+    def watched(change):
         def watched(place, *args, **options):
-            if isinstance(place, HfApi) or str(place).startswith(self.folder):
-                self.count()
-                if change is shutil.rmtree and self.left == 1:
+            if isinstance(place, HfApi) or str(place).startswith(str(tmp_path / "run")):
+                count()
+                if change is shutil.rmtree and left == 1:
                     next(path for path in place.rglob("*") if path.is_file()).unlink()
-                    self.count()
+                    count()
             return change(place, *args, **options)
 
         return watched
 
-    def count(self):
-        if self.left is not None:
-            self.left -= 1
-            if self.left == 0:
-                raise Killed
+    for name in ("create_commit", "delete_tag", "delete_branch"):
+        monkeypatch.setattr(HfApi, name, watched(getattr(HfApi, name)))
+    monkeypatch.setattr("hf_modx.files.write_text", watched(write_text))
+    monkeypatch.setattr(Path, "unlink", watched(Path.unlink))
+    monkeypatch.setattr("hf_modx.rollback.shutil", SimpleNamespace(rmtree=watched(shutil.rmtree)))
+    return kill_before
 
 
-def make_up_run(folder, phases):
+def make_up_run(folder, phases, recipe="er"):
     """A finished run that nobody has trained."""
-    identity = {"recipe": "er", "recipe_args": {}, "hyperparameters": {}, "tests": {}}
+    identity = {"recipe": recipe, "recipe_args": {}, "hyperparameters": {}, "tests": {}}
     identity["phases"] = [{"name": f"part {k}"} for k in range(1, phases + 1)]
-    record = {"run_id": "r", "writer": "w", "identity": identity}
+    before = record_of(folder) if (folder / "run.json").exists() else {}
+    record = {**before, "run_id": "r", "writer": "w", "identity": identity}
     found = {
         "recipe": "er",
         "tests": ["part 1"],
@@ -270,49 +296,69 @@ def make_up_run(folder, phases):
 
 
 def publish(folder):
+    """As a start of the run would. What is missing."""
     record, made = record_of(folder), []
     publisher = HubPublisher(REPO, folder)
     publisher.claim(record, is_new=False)
     for number in range(len(record["identity"]["phases"]) + 1):
         contents = {"run": {**record, "phase": number}, "results": {"rows": number + 1}}
         made.append(revision_of_phase(folder, number, number - 1 if number else None, f"Phase {number}", **contents))
-    assert publisher.publish(made) == ()
+    return publisher.publish(made)
 
 
-def test_killed_anywhere_the_same_command_finishes_it(hub, tmp_path, monkeypatch):
+def test_killed_at_any_change_of_a_file_the_same_command_finishes_it(tmp_path, kill_before):
     folder, before = tmp_path / "run", tmp_path / "before"
     make_up_run(folder, 3)
-    publish(folder)
-    shutil.copytree(folder, before / "run")
-    shutil.copytree(hub.folder, before / "hub")
-    old = on_disk(folder), branches(hub), tags(hub)
-    executioner = Executioner(monkeypatch, folder)
+    shutil.copytree(folder, before)
     rollback(folder, 1)
-    expected = on_disk(folder), content(hub, "main"), set(branches(hub)), tags(hub)
-    assert sorted(expected[2]) == ["main", "phase-0", "phase-1"]
+    expected = on_disk(folder)
     for number in range(1, 100):
-        for place, copy in ((folder, before / "run"), (hub.folder, before / "hub")):
-            shutil.rmtree(place)
-            shutil.copytree(copy, place)
-        executioner.left = number
+        shutil.rmtree(folder)
+        shutil.copytree(before, folder)
+        kill_before(number)
         try:
             rollback(folder, 1)
         except Killed:
-            executioner.left = None
+            if (folder / JOURNAL).exists():
+                with pytest.raises(ValueError, match="--to phase-1"):
+                    refuse_unfinished_rollback(folder)
+            else:
+                assert on_disk(folder) == on_disk(before)
+            rollback(folder, 1)
+            assert on_disk(folder) == expected, number
         else:
             break
-        if (folder / JOURNAL).exists():
-            with pytest.raises(ValueError, match="--to phase-1"):
-                refuse_unfinished_rollback(folder)
-        else:
-            assert (on_disk(folder), branches(hub), tags(hub)) == old or on_disk(folder) == expected[0]
-        if set(branches(hub)) != expected[2] and commits(hub, "main")[-1] == "Back to phase 1":
+    assert number > 10
+
+
+def test_killed_at_any_change_of_the_hub_the_same_command_finishes_it(hub, tmp_path, kill_before):
+    folder, before = tmp_path / "run", tmp_path / "before"
+    make_up_run(folder, 2)
+    assert publish(folder) == ()
+    for place, copy in ((folder, "run"), (hub.folder, "hub")):
+        shutil.copytree(place, before / copy)
+    heads, record = branches(hub), record_of(folder)
+    rollback(folder, 1)
+    expected = on_disk(folder), content(hub, "main"), {**branches(hub), "main": ""}, tags(hub)
+    assert set(expected[2]) == {"main", "phase-0", "phase-1"} and set(expected[3]) == {
+        "phase-0-final",
+        "phase-1-final",
+    }
+    for number in range(1, 8):  # the last one is the first that concerns later phases on the disk
+        for place, copy in ((folder, "run"), (hub.folder, "hub")):
+            shutil.rmtree(place)
+            shutil.copytree(before / copy, place)
+        kill_before(number)
+        with pytest.raises(Killed):
+            rollback(folder, 1)
+        is_back, is_whole = branches(hub)["main"] != heads["main"], "phase-2" not in branches(hub)
+        assert (folder / JOURNAL).exists() or not is_back
+        if is_back and not is_whole:
             with pytest.raises(RepositoryConflict, match="A rollback of owner/clip was interrupted"):
-                record = json.loads((before / "run" / "run.json").read_text())
                 HubPublisher(REPO, tmp_path / "other").claim({**record, "writer": "other"}, is_new=True)
         for tag in tags(hub):
             assert content(hub, tag)["model.safetensors"] == bytes([int(tag[6])]) * 3000
         rollback(folder, 1)
-        assert (on_disk(folder), content(hub, "main"), set(branches(hub)), tags(hub)) == expected, number
+        assert (on_disk(folder), content(hub, "main"), {**branches(hub), "main": ""}, tags(hub)) == expected, number
         assert commits(hub, "main").count("Back to phase 1") == 1
-    assert number > 15
+    assert is_whole

@@ -11,9 +11,11 @@ from transformers.utils import logging as transformers_logging
 
 from ..hub_faults import HubError
 from ..markdown import one_line
-from . import demo_data, disorder, evaluate, index_check, merge, report, rollback
+from . import assess, demo_data, disorder, evaluate, forget, index_check, merge, report, rollback
 
 COMMANDS = {
+    "assess": assess,
+    "forget": forget,
     "report": report,
     "evaluate": evaluate,
     "disorder": disorder,

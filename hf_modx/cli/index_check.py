@@ -2,10 +2,10 @@
 
 OLD has made the index, NEW embeds the queries from now on. Measured is the recall of the index as it stands, turned by
 one orthogonal map (hf_modx.index.IndexAlignment), and built anew, on the tests that `hf-modx evaluate` would take:
-texts ask for indexed images, images for indexed texts, and each kind of index has its own map. The last line says what
-to do. The maps are fitted on pairs that are not tested: the training splits that belong to the tests, those of
---fit_split, or, where there are none, one half of each test at random; the other half is tested. Each model is a
-folder or an id on the Hub, with @REVISION where it is not the main branch.
+texts ask for indexed images, images for indexed texts, and each kind of index has its own map. The last two lines say
+what to do with each. The maps are fitted on pairs that are not tested: the training splits that belong to the tests,
+those of --fit_split, or, where there are none, one half of each test at random; the other half is tested. Each model
+is a folder or an id on the Hub, with @REVISION where it is not the main branch.
 
     hf-modx index-check runs/modx-seed0/phase-2 runs/modx-seed0/phase-3
     hf-modx index-check me/my_clip@phase-1 me/my_clip@phase-2 --dataset_name my_data --split january_test --json
@@ -33,8 +33,9 @@ from .disorder import embeddings
 
 TOLERANCE = 0.01
 FITTED_ON = "the pairs that the maps are fitted on"  # no name of a split
-DIRECTIONS = ("text_to_image", "image_to_text")
-SHOWN = [f"{direction}_recall@{k}" for direction in DIRECTIONS for k in (1, 5)]
+ASKED = {"images": "text_to_image", "texts": "image_to_text"}
+"""What an index holds, and who asks for it."""
+SHOWN = [f"{direction}_recall@{k}" for direction in ASKED.values() for k in (1, 5)]
 Recalls = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
@@ -80,14 +81,15 @@ def run(options: argparse.Namespace) -> None:
         "fitted_on": maps[0].pairs,
         "test_pairs": {name: len(old[name].image) for name in tests},
         "values": values,
-        "advice": advice(values, options.tolerance),
+        "advice": {of: advice(values, of, options.tolerance) for of in ASKED},
     }
     if options.save_map is not None:
         maps[0].save(options.save_map)
     if options.output_file is not None:
         options.output_file.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output_file, report)
-    print(as_json(report).rstrip() if options.json else f"{recalls_table(values)}\n\n{report['advice']}")
+    said = [recalls_table(values), "", *report["advice"].values()]
+    print(as_json(report).rstrip() if options.json else "\n".join(said))
 
 
 # ---- What the maps are fitted on ----
@@ -142,33 +144,32 @@ def halves(encoded: Mapping[str, EncodedPairs], seed: int) -> tuple[list[Encoded
 # ---- What is said ----
 
 
-def advice(values: Recalls, tolerance: float) -> str:
-    """One sentence: the cheapest way that loses no more recall@1 than this against a rebuilt index, both ways."""
-    mean_recalls = {
-        (how, direction): mean(test[how][f"cross_phase_{direction}_recall@1"] for test in values.values())
-        for how in ("stale", "realigned", "rebuilt")
-        for direction in DIRECTIONS
-    }
+def advice(values: Recalls, of: str, tolerance: float) -> str:
+    """One sentence: of the three ways with an index, the cheapest that loses no more recall@1 than this against a
+    rebuilt one, mean over the tests.
 
-    def lost(how: str) -> float:
-        return max(mean_recalls["rebuilt", direction] - mean_recalls[how, direction] for direction in DIRECTIONS)
-
-    def shown(how: str) -> str:
-        to_images, to_texts = (f"{100 * mean_recalls[how, direction]:.1f}" for direction in DIRECTIONS)
-        return f"{to_images} and {to_texts} %"
-
-    losses = {how: f"{max(0.0, 100 * lost(how)):.1f} points" for how in ("stale", "realigned")}
-    beside = f"recall@1 texts to images and images to texts, rebuilt {shown('rebuilt')}"
-    if lost("stale") <= tolerance:
-        return f"Keep the index: as it stands it loses {losses['stale']} ({beside}, as it stands {shown('stale')})."
-    if lost("realigned") <= tolerance:
+    Args:
+        values: by test what `index_recalls` returns.
+        of: what the index holds, a key of `ASKED`.
+        tolerance: a fraction.
+    """
+    metric = f"cross_phase_{ASKED[of]}_recall@1"
+    stale, turned, rebuilt = (
+        100 * mean(test[how][metric] for test in values.values()) for how in ("stale", "realigned", "rebuilt")
+    )
+    beside = f"recall@1 as it stands {stale:.1f} %, re-aligned {turned:.1f} %, rebuilt {rebuilt:.1f} %"
+    if stale > rebuilt:
+        return f"Keep the index of {of}: rebuilt it would lose {stale - rebuilt:.1f} points ({beside})."
+    if rebuilt - stale <= 100 * tolerance:
+        return f"Keep the index of {of}: as it stands it loses {rebuilt - stale:.1f} points ({beside})."
+    if rebuilt - turned <= 100 * tolerance:
         return (
-            f"Re-align the index: turned by one orthogonal map it loses {losses['realigned']}, as it stands "
-            f"{losses['stale']} ({beside}, re-aligned {shown('realigned')})."
+            f"Re-align the index of {of}: turned by one orthogonal map it loses {max(0, rebuilt - turned):.1f} "
+            f"points, as it stands {rebuilt - stale:.1f} ({beside})."
         )
     return (
-        f"Rebuild the index: re-aligned it loses {losses['realigned']}, as it stands {losses['stale']} ({beside}, "
-        f"re-aligned {shown('realigned')})."
+        f"Rebuild the index of {of}: as it stands it loses {rebuilt - stale:.1f} points, re-aligned "
+        f"{rebuilt - turned:.1f} ({beside})."
     )
 
 

@@ -9,6 +9,11 @@ from .style import LARGE, NORMAL, PLAIN_TEXT, lines_of, new_figure, save_figure
 CELL = (0.72, 0.42)
 """Width and height of a cell in inches."""
 
+MOST = 24
+"""Phases and tests whose cells have that size and a number each. Where one is more than that, the picture grows no
+more in its direction, names stand at some of them and no cell has a number: the 10,000 numbers of 100 phases, written
+after each of them, would take longer than many a phase."""
+
 COLOURS = "cividis"
 """One ramp from dark to bright, which reads the same with every kind of colour vision and in grey."""
 
@@ -20,8 +25,8 @@ def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str, brightest: flo
     """A heat map of the matrix with its numbers in percent, as PNG; the cell of the phase that teaches a test is
     framed and bold, one that is not measured is grey.
 
-    Cells have one size and the picture grows around them, so that no name is clipped; a name of more than two lines
-    ends in an ellipsis.
+    Cells have one size, as far as there are not too many (`MOST`), and the picture grows around them, so that no name
+    is clipped; a name of more than two lines ends in an ellipsis.
 
     Args:
         matrix: with at least one phase or the initial row, and at least one test.
@@ -33,14 +38,15 @@ def draw_matrix(matrix: EvaluationMatrix, path: Path, title: str, brightest: flo
         ImportError: matplotlib is not installed.
     """
     rows = (["start"] if matrix.has_initial_row else []) + matrix.phases
-    figure = new_figure(CELL[0] * len(matrix.tests), CELL[1] * len(rows))
+    figure = new_figure(CELL[0] * min(len(matrix.tests), MOST), CELL[1] * min(len(rows), MOST))
     figure.set_layout_engine("none")  # cells of one size, whatever stands around them
     axes = figure.add_axes((0, 0, 1, 1), facecolor="lightgrey")
     brightest = brightest or largest_value(matrix)
     axes.imshow(matrix.values, cmap=COLOURS, vmin=0, vmax=brightest, aspect="auto", interpolation="nearest")
-    for row in range(len(rows)):
-        for test in range(len(matrix.tests)):
-            _write_cell(axes, matrix, row, test, brightest)
+    if max(len(rows), len(matrix.tests)) <= MOST:
+        for row in range(len(rows)):
+            for test in range(len(matrix.tests)):
+                _write_cell(axes, matrix, row, test, brightest)
     _name_axes(axes, rows, matrix.tests)
     axes.set_title(lines_of(title, 60), fontsize=LARGE, pad=10, color="black", **PLAIN_TEXT)
     axes.spines[:].set_visible(False)
@@ -72,10 +78,11 @@ def _write_cell(axes, matrix: EvaluationMatrix, row: int, test: int, brightest: 
 
 
 def _name_axes(axes, rows: list[str], tests: list[str]) -> None:
-    columns = [lines_of(name, 22) for name in tests]
+    named_tests, named_rows = (range(0, len(names), -(-len(names) // MOST)) for names in (tests, rows))
+    columns = [lines_of(tests[place], 22) for place in named_tests]
     slanted = any(len(line) > 9 for name in columns for line in name.splitlines())
     turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
-    axes.set_xticks(range(len(tests)), columns, fontsize=NORMAL, **turned, **PLAIN_TEXT)
-    axes.set_yticks(range(len(rows)), [lines_of(name, 30) for name in rows], fontsize=NORMAL, **PLAIN_TEXT)
+    axes.set_xticks(named_tests, columns, fontsize=NORMAL, **turned, **PLAIN_TEXT)
+    axes.set_yticks(named_rows, [lines_of(rows[place], 30) for place in named_rows], fontsize=NORMAL, **PLAIN_TEXT)
     axes.set_xlabel("test", fontsize=NORMAL, color="black")
     axes.set_ylabel("after phase", fontsize=NORMAL, color="black")

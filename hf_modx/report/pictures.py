@@ -113,7 +113,8 @@ def _draw_disorder(groups: Groups, folder: Path) -> list[Picture]:
             draw_disorder(shares, file, title)
             pictures.append(Picture(file, title))
     for since, span in IMAV.items():
-        shares = {name: share for name, runs in groups.items() if (share := _imav_shares(runs, since))}
+        found = {name: _imav_shares(runs, since) for name, runs in groups.items()}
+        shares = {f"{name} ({pairs} pairs)": share for name, (pairs, share) in found.items() if pairs}
         if shares:
             file, title = folder / "disorder-imav.png", f"Changes of the angle between image and caption {span} (ImAV)"
             draw_disorder(shares, file, title)
@@ -127,10 +128,12 @@ def _shares(runs: Sequence[RecordedRun], modality: str, measure: str) -> dict[st
     return _mean_shares(runs, measure, [test[modality][measure] for test in tests if test is not None])
 
 
-def _imav_shares(runs: Sequence[RecordedRun], since: str) -> dict[str, float]:
-    """By bin; empty where no run has compared training pairs, or none was retrieved by the older model."""
+def _imav_shares(runs: Sequence[RecordedRun], since: str) -> tuple[int, dict[str, float]]:
+    """Training pairs that the older model retrieved, their number over all seeds, and the shares of their changes by
+    bin."""
     found = [last[since].get("imav", {}) for last in _last_phases(runs)]
-    return _mean_shares(runs, "imav", [histogram for histogram in found if "shares" in histogram])
+    known = [histogram for histogram in found if "shares" in histogram]
+    return sum(histogram["pairs"] for histogram in known), _mean_shares(runs, "imav", known)
 
 
 def _last_phases(runs: Sequence[RecordedRun]) -> list[Mapping]:

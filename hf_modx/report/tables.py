@@ -61,7 +61,7 @@ def compare(groups: Groups, metric: str) -> Comparison:
     header = ["recipe", *measures]
     filled = [column for column in range(len(header)) if any(row[column] for row in rows)]
     header, *rows = [[row[column] for column in filled] for row in (header, *rows)]
-    return Comparison(metric_name(metric), _setting(groups), header, rows, notes)
+    return Comparison(metric_name(metric), _setting(groups, metric), header, rows, notes)
 
 
 def spread(values: Iterable[float | None]) -> str:
@@ -71,7 +71,7 @@ def spread(values: Iterable[float | None]) -> str:
     if not known:
         return ""
     deviation = f" ± {statistics.stdev(known):.1f}" if len(known) > 1 else ""
-    return f"{statistics.mean(known):.1f}{deviation}"
+    return f"{round(statistics.mean(known), 1) + 0.0:.1f}{deviation}"  # no -0.0
 
 
 def plasticity(matrix: EvaluationMatrix) -> float | None:
@@ -119,12 +119,13 @@ def _difference(measure: Measure, run: RecordedRun, other: RecordedRun) -> float
     return None if ours is None or theirs is None else ours - theirs
 
 
-def _setting(groups: Groups) -> str:
+def _setting(groups: Groups, metric: str) -> str:
     sizes = {len(runs) for runs in groups.values()}
     seeds = "one seed" if sizes == {1} else f"mean and standard deviation over {_numbers(sizes)} seeds"
     paired = ", differences paired by seed" if len(groups) > 1 and sizes != {1} else ""
-    pairs = next(iter(groups.values()))[0].results["test_pairs"]
-    return f"In percent, {seeds}{paired}. Pairs in the tests: {_listed(pairs)}."
+    first = next(iter(groups.values()))[0]
+    sizes_of_tests = {test: first.results["test_pairs"][test] for test in first.matrix(metric).measured().tests}
+    return f"In percent, {seeds}{paired}. Pairs or images in the tests: {_listed(sizes_of_tests)}."
 
 
 def _start(groups: Groups, metric: str) -> str:

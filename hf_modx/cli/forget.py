@@ -1,0 +1,30 @@
+"""Make a run forget pairs, from its next phase on.
+
+Takes them out of the replay memory and keeps them out of the training data of all phases that come, whether the data
+still hold them or not. A phase that was begun starts again without them. results.json and the cards of later phases
+count them and never name them. Models of phases that were trained before may still know them. Stop the run first.
+
+    hf-modx forget runs/modx_plus --pair_id 1017 2044
+    hf-modx forget runs/modx_plus --image portrait.jpg --pair_id_file requests.txt
+"""
+
+import argparse
+from pathlib import Path
+
+from ..deletion import forget
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--pair_id", type=int, nargs="+", default=[], metavar="ID", help="pairs of these ids")
+    parser.add_argument("--pair_id_file", type=Path, help="text file of ids, one a line")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE", help="pairs of these images")
+
+
+def run(options: argparse.Namespace) -> None:
+    listed = options.pair_id_file.read_text().split() if options.pair_id_file is not None else []
+    request = forget(options.run, [*options.pair_id, *map(int, listed)], options.image)
+    print(f"{len(request.pair_ids)} ids and {len(request.images)} images asked for.")
+    print(f"{request.from_memory} rows taken out of the replay memory.")
+    if request.after_phase:
+        print(f"The models of phases 1 to {request.after_phase} were trained before and may still know them.")

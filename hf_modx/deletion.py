@@ -1,0 +1,184 @@
+"""Pairs that a run is asked to forget: they leave the replay memory and are kept out of what is trained from then on.
+
+What a phase has learned stays in its weights: the models of phases that were trained on a pair may still know it.
+Tests are not touched, nor what lies outside the run's folder, as an image cache or the data themselves.
+"""
+
+import logging
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+
+from .files import publish_folder, read_json, write_json
+from .overlap import image_digest, image_digests
+from .phases import PhaseStream
+from .run_folder import DELETED, MEMORY, RECORD, finished_rows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Pairs to forget.
+
+    Attributes:
+        pair_ids: rows of these ids.
+        images: rows with these images, by `image_digest` in hexadecimal digits. The memory of a run with an image
+            cache holds them resized, where only ids find them.
+        after_phase: phases that were trained before; they may know the pairs.
+        from_memory: rows that left the replay memory.
+        is_done: they have left it.
+    """
+
+    pair_ids: tuple[int, ...] = ()
+    images: tuple[str, ...] = ()
+    after_phase: int = 0
+    from_memory: int = 0
+    is_done: bool = False
+
+
+class Deletions:
+    """All requests of a run.
+
+    Args:
+        run: its folder.
+        columns: of images and of pair ids.
+    """
+
+    def __init__(self, run: Path, columns: tuple[str, str]):
+        self.run = run
+        self.image_column, self.pair_id_column = columns
+        stored = read_json(run / DELETED) or []
+        self.requests = [
+            Request(**{**request, "pair_ids": tuple(request["pair_ids"]), "images": tuple(request["images"])})
+            for request in stored
+        ]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def add(self, pair_ids: Iterable[int], images: Iterable[bytes]) -> Request:
+        """Write a request down and carry it out; killed in between, the run does the rest when it goes on."""
+        asked = tuple(sorted(set(pair_ids))), tuple(sorted({digest.hex() for digest in images}))
+        request = Request(*asked, after_phase=self._trained())
+        newest = max(self._tables(), default=None)
+        rows = self._matching(load_from_disk(str(newest[1])), [request]) if newest is not None else []
+        self.requests.append(replace(request, from_memory=len(rows)))
+        self._write()
+        self.carry_out()
+        return self.requests[-1]
+
+    def carry_out(self) -> None:
+        """Take the pairs out of every table of the memory, and remove what a phase has begun with them: it starts
+        again. After a rollback, what was undone counts as not trained. Does nothing where nothing is left to do."""
+        trained = self._trained()
+        if all(request.is_done and request.after_phase <= trained for request in self.requests):
+            return
+        for _, place in self._tables():
+            self._clean(place)
+        begun = () if all(request.is_done for request in self.requests) else (self.run / "checkpoints").glob("phase-*")
+        for folder in begun:
+            if _number(folder) > trained:
+                shutil.rmtree(folder)
+        self.requests = [
+            replace(request, is_done=True, after_phase=min(request.after_phase, trained)) for request in self.requests
+        ]
+        self._write()
+
+    def kept(self, stream: PhaseStream) -> PhaseStream:
+        """The stream without the pairs in its training parts.
+
+        Raises:
+            ValueError: nothing is left of a part.
+        """
+        if not self.requests:
+            return stream
+
+        def clean(name: str, part: Dataset) -> Dataset:
+            if name.endswith("(test)"):
+                return part
+            rows = set(self._matching(part, self.requests))
+            if not rows:
+                return part
+            logger.info("%d rows of %s are kept out on request.", len(rows), name)
+            return part.select([row for row in range(len(part)) if row not in rows])
+
+        return stream.map_parts(clean)
+
+    def results(self, number: int) -> dict[str, Any]:
+        """For the results of a phase: what was asked before it was trained. Counts, no ids."""
+        before = [request for request in self.requests if request.after_phase < number]
+        if not before:
+            return {}
+        counts = {
+            "pair_ids": sum(len(request.pair_ids) for request in before),
+            "images": sum(len(request.images) for request in before),
+            "rows_from_memory": sum(request.from_memory for request in before),
+            "trained_before": max(request.after_phase for request in before),
+        }
+        return {"deleted_pairs": counts}
+
+    def _tables(self) -> list[tuple[int, Path]]:
+        """Number of a phase and the memory after it, in their order."""
+        places = (self.run / MEMORY).glob("phase-*")
+        return sorted((_number(place), place) for place in places)
+
+    def _trained(self) -> int:
+        """Phases that are trained, evaluated or not."""
+        return max([0, finished_rows(self.run) - 1, *map(_number, self.run.glob("phase-*"))])
+
+    def _matching(self, table: Dataset, requests: Sequence[Request]) -> list[int]:
+        ids = {number for request in requests for number in request.pair_ids}
+        images = {digest for request in requests for digest in request.images}
+        found: set[int] = set()
+        if ids and self.pair_id_column in table.column_names:
+            found |= {row for row, number in enumerate(table[self.pair_id_column]) if number in ids}
+        if images:
+            digests = image_digests(table, self.image_column)
+            found |= {row for row, digest in enumerate(digests) if digest is not None and digest.hex() in images}
+        return sorted(found)
+
+    def _clean(self, place: Path) -> None:
+        table = load_from_disk(str(place))
+        rows = set(self._matching(table, self.requests))
+        if not rows:
+            return
+        scratch = place.with_name(f".{place.name}.cleaned")
+        shutil.rmtree(scratch, ignore_errors=True)
+        table.select([row for row in range(len(table)) if row not in rows]).save_to_disk(str(scratch))
+        shutil.copy(place / "memory.json", scratch / "memory.json")
+        shutil.rmtree(place)  # killed here, the run makes the table again, without the pairs
+        publish_folder(scratch, place)
+
+    def _write(self) -> None:
+        write_json(self.run / DELETED, [asdict(request) for request in self.requests])
+
+
+def _number(folder: Path) -> int:
+    return int(folder.name.split("-")[1])
+
+
+def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ()) -> Request:
+    """Ask a run to forget pairs. It must not be training meanwhile.
+
+    Args:
+        run: its folder.
+        pair_ids: of the pairs.
+        images: files with their images, byte for byte as the data store them.
+
+    Raises:
+        ValueError: the folder holds no run, or nothing is asked.
+        OSError: an image file cannot be read.
+    """
+    record = read_json(run / RECORD)
+    if record is None:
+        raise ValueError(f"{run} holds no run: there is no {RECORD}.")
+    if not pair_ids and not images:
+        raise ValueError("Say which pairs to forget: ids, images or both.")
+    settings = record["identity"]["hyperparameters"]
+    deletions = Deletions(run, (settings["image_column"], settings["pair_id_column"]))
+    return deletions.add(pair_ids, [image_digest(path.read_bytes()) for path in images])

@@ -1,0 +1,95 @@
+"""What alpha means in batches of different sizes, and when Mod-X says that it has too little or too much to keep."""
+
+import logging
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from hf_modx import ModX, PairEmbeddings
+from hf_modx.callbacks import LossContext
+
+SCALE = torch.tensor(14.0)
+
+
+def context(rows, positives=False):
+    ids = torch.arange(rows)
+    return LossContext(None, {}, ids, ids, torch.zeros(rows, dtype=torch.bool), 0, 0.0, {}, positives)
+
+
+def embeddings(rows, noise, seed=0):
+    """Unit-norm images, and texts that are their noisy copies: with more noise fewer rows are kept."""
+    generator = torch.Generator().manual_seed(seed)
+    image = normalize(torch.randn(rows, 16, generator=generator, dtype=torch.float64), dim=1)
+    text = normalize(image + noise * torch.randn(rows, 16, generator=generator, dtype=torch.float64), dim=1)
+    return PairEmbeddings(image, text, SCALE, None)
+
+
+def term(callback, student, teacher):
+    own = context(len(student.image))
+    return callback.loss_terms(student, teacher, own)["modx_distillation"], own.metrics
+
+
+def test_at_the_reference_alpha_is_what_it_is():
+    student, teacher = embeddings(24, 0.5, seed=1), embeddings(24, 0.5)
+    plain, _ = term(ModX(3.0), student, teacher)
+    for reference in (ModX(3.0, reference_batch_size=24), ModX(3.0, reference_batch_size=24, screen=False)):
+        _, metrics = term(reference, student, teacher)
+        assert metrics["modx_alpha"].item() == pytest.approx(3.0)
+    assert term(ModX(3.0, reference_batch_size=24), student, teacher)[0].item() == pytest.approx(plain.item())
+
+
+def test_rows_kept_in_batches_of_the_reference_are_what_counts():
+    student, teacher = embeddings(48, 0.8, seed=1), embeddings(48, 0.8)
+    plain, metrics = term(ModX(3.0), student, teacher)
+    cosines = teacher.image @ teacher.text.T
+    kept = 0.0
+    for part in range(4):
+        block = cosines[part::4, part::4]
+        kept += sum((block.argmax(dim=side) == torch.arange(12)).double().mean() for side in (0, 1)) / 8
+    kept_here = (metrics["image_rows_kept"] + metrics["text_rows_kept"]) / 2
+    assert kept > kept_here > 0
+    found, _ = term(ModX(3.0, reference_batch_size=12), student, teacher)
+    assert found.item() == pytest.approx((plain * (12 * kept) / (48 * kept_here)).item())
+
+
+def test_nothing_kept_is_no_division_by_zero():
+    student = embeddings(8, 0.1)
+    teacher = PairEmbeddings(student.image, student.text.roll(1, dims=0), SCALE, None)
+    assert term(ModX(3.0, reference_batch_size=4), student, teacher)[0].item() == 0.0
+
+
+@pytest.mark.parametrize("screen", [True, False])
+def test_pull_is_the_same_in_every_batch_of_a_reference_and_grows_without(screen):
+    """The gradient of the term in one weight matrix, mean over batches."""
+    pool = embeddings(2048, 0.7)
+    turn = torch.eye(16, dtype=torch.float64) + 0.1 * torch.randn(16, 16, generator=torch.Generator().manual_seed(2))
+    turn.requires_grad_(True)
+
+    def pull(callback, rows):
+        total = 0.0
+        for batch in torch.arange(2048).split(rows):
+            teacher = PairEmbeddings(pool.image[batch], pool.text[batch], SCALE, None)
+            student = PairEmbeddings(normalize(pool.image[batch] @ turn, dim=1), pool.text[batch], SCALE, None)
+            total = total + term(callback, student, teacher)[0]
+        return torch.autograd.grad(total / (2048 // rows), turn)[0].norm().item()
+
+    small, large = (pull(ModX(2.0, reference_batch_size=32, screen=screen), rows) for rows in (32, 256))
+    assert large == pytest.approx(small, rel=0.05)
+    assert pull(ModX(2.0, screen=screen), 256) > 2 * pull(ModX(2.0, screen=screen), 32)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "screen", "said"),
+    [("knows", True, "nearly every row"), ("knows", False, None), ("ignorant", True, "little to keep")],
+)
+def test_warns_once_a_phase_of_what_it_keeps(caplog, teacher, screen, said):
+    callback, student = ModX(screen=screen), embeddings(16, 0.01)
+    old = student if teacher == "knows" else PairEmbeddings(student.image, student.text.roll(1, 0), SCALE, None)
+    callback.on_train_begin(None, None, None)
+    with caplog.at_level(logging.WARNING, "hf_modx"):
+        for _ in range(2):
+            term(callback, student, old)
+            callback.on_log(None, None, None)
+    assert len(caplog.messages) == (said is not None)
+    assert all(said in message for message in caplog.messages)
