@@ -242,6 +242,7 @@ def test_card_shows_the_angles(whole):
     assert f"| {found['image']['ram']['mean']:.1f} | {found['image']['sam']['mean']:.1f} |" in row
 
 
+@pytest.mark.slow
 def test_interrupted_run_finds_the_same_disorder(whole, make_args):
     settings = {"max_steps": 3, "imav_samples": 5, "per_device_eval_batch_size": 8}
     phases = stream()

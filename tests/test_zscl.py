@@ -339,6 +339,7 @@ def test_value_out_of_its_range_is_refused(options):
 # ---- Exactness ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_phase_ends_with_the_same_weights(model, make_args, processor, pairs, reference, workers):
     start = copy.deepcopy(model)
