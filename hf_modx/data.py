@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -268,13 +269,13 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
 
 
 def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
-    """Raise a TypeError unless the column holds integers without nulls."""
-    feature = dataset.features[pair_id_column]
+    """Raise a TypeError unless the column holds integers below 2^63 without nulls."""
+    feature, column = dataset.features[pair_id_column], dataset.data.column(pair_id_column)
     whole = getattr(feature, "dtype", "").startswith(("int", "uint"))
-    if whole and dataset.data.column(pair_id_column).null_count == 0:
+    if whole and column.null_count == 0 and (len(column) == 0 or pc.max(column).as_py() < 2**63):
         return
     raise TypeError(
-        f"Column {pair_id_column!r} must hold integers without nulls, it holds {feature}. Number the ids "
+        f"Column {pair_id_column!r} must hold integers below 2^63 without nulls, it holds {feature}. Number the ids "
         f"(dataset.class_encode_column({pair_id_column!r})), rename the column, or name another with pair_id_column."
     )
 

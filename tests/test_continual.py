@@ -204,6 +204,7 @@ def test_corrected_command_starts_over_where_nothing_was_trained(run, make_args,
     assert results(run())["phases"] == ["part 1", "part 2"]
 
 
+@pytest.mark.slow
 def test_phase_whose_folder_is_gone_is_not_trained_again(run):
     first = run()
     shutil.rmtree(first.phase_folder(1))
@@ -212,6 +213,7 @@ def test_phase_whose_folder_is_gone_is_not_trained_again(run):
     assert results(second)["matrix"]["image_to_text_recall@1"][1][3] is None
 
 
+@pytest.mark.slow
 def test_interruption_after_the_last_step_takes_no_step_more(run, make_args, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     settings["logging_steps"] = 3
@@ -283,6 +285,7 @@ def test_more_phases_train_only_the_new_ones(run):
     assert len(new) == 4 and None not in [value for row in new for value in row]
 
 
+@pytest.mark.slow
 def test_more_phases_end_with_the_weights_of_one_long_run(run, make_args, tmp_path):
     run(make_stream(2))
     grown = run(make_stream(3))
@@ -385,6 +388,7 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 def test_half_written_checkpoint_is_left_out(run, make_args, tmp_path):
     """Whatever of it is missing or cut short: the run goes on from the one before it."""
     with pytest.raises(SystemError):
@@ -443,6 +447,7 @@ def test_recipe_may_be_a_list_of_callbacks(run):
     assert content["recipe"] == "Contrastive+ModX"
 
 
+@pytest.mark.slow
 def test_resized_images_kept_on_the_disk_change_nothing(run, make_args, tmp_path):
     cached = run(args=make_args(image_cache=str(tmp_path / "images")))
     plain = run(args=make_args(output_dir=str(tmp_path / "plain")))

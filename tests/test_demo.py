@@ -20,17 +20,20 @@ def concepts(dataset):
     return set(dataset["pair_id"])
 
 
+@pytest.mark.slow
 def test_stream_has_a_base_and_three_renderings(stream):
     assert [phase.name for phase in stream.all_phases()] == ["drawings", *RENDERINGS]
     assert len(RENDERINGS) == 3
 
 
+@pytest.mark.slow
 def test_tests_share_no_concept_and_have_hundreds(stream):
     tests = [concepts(phase.test) for phase in stream.all_phases()]
     assert sum(map(len, tests)) == len(set.union(*tests))
     assert min(map(len, tests)) > 300
 
 
+@pytest.mark.slow
 def test_tested_drawings_are_not_trained_on(stream):
     for phase in stream:
         assert not concepts(phase.train) & concepts(phase.test), phase.name
@@ -38,14 +41,17 @@ def test_tested_drawings_are_not_trained_on(stream):
     assert not trained & {image.tobytes() for image in stream.base.test["image"]}
 
 
+@pytest.mark.slow
 def test_tested_concepts_are_known_from_other_drawings(stream):
     assert all(concepts(phase.test) <= concepts(stream.base.train) for phase in stream.all_phases())
 
 
+@pytest.mark.slow
 def test_held_out_concepts_depend_on_the_seed(stream):
     assert concepts(demo_stream(seed=1).base.test) != concepts(stream.base.test)
 
 
+@pytest.mark.slow
 def test_rows_have_several_training_captions_and_one_test_caption(stream):
     assert all(len(captions) == 5 for captions in stream.phases[0].train["caption"])
     assert all(isinstance(caption, str) for caption in stream.phases[0].test["caption"])

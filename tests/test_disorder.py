@@ -13,7 +13,7 @@ from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.disorder_of_run import DisorderOfRun
 from hf_modx.evaluation import EncodedPairs, encode_pairs, imav, spatial_disorder
-from hf_modx.evaluation.disorder import angles
+from hf_modx.evaluation.disorder import angles, bin_names
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -53,6 +53,14 @@ def test_known_rotation_of_one_modality_is_found_to_a_tenth_of_a_degree():
     assert (found.text.ram.mean, found.text.rotation_share) == (0, None)
     assert found.text.rotation == pytest.approx(0, abs=1e-4)
     assert found.intermodal_rotation == pytest.approx(40, abs=1e-4)
+
+
+def test_lengths_do_not_count():
+    """Half precision keeps them to three digits."""
+    image, text, rotation = unit(300, seed=0), unit(300, seed=1), turn(degrees=40)
+    found = spatial_disorder(pairs(1.01 * image, 0.99 * text), pairs(turned(image, rotation), 1.02 * text))
+    assert found.image.sam.mean == pytest.approx(0, abs=1e-4) and found.image.ram.mean == pytest.approx(40, abs=1e-4)
+    assert found.text.rotation_share is None and found.intermodal_rotation == pytest.approx(40, abs=1e-4)
 
 
 def test_rotation_of_both_modalities_alike_is_no_deviation():
@@ -234,6 +242,7 @@ def test_card_shows_the_angles(whole):
     assert f"| {found['image']['ram']['mean']:.1f} | {found['image']['sam']['mean']:.1f} |" in row
 
 
+@pytest.mark.slow
 def test_interrupted_run_finds_the_same_disorder(whole, make_args):
     settings = {"max_steps": 3, "imav_samples": 5, "per_device_eval_batch_size": 8}
     phases = stream()
@@ -282,3 +291,7 @@ def test_large_tests_are_thinned_evenly(monkeypatch):
 def test_training_pairs_without_disorder_are_refused(make_args):
     with pytest.raises(ValueError, match="imav_samples"):
         make_args(spatial_disorder=False, imav_samples=5)
+
+
+def test_bins_are_named_by_their_bounds():
+    assert bin_names((5.0, 12.5)) == ["[0, 5]", "(5, 12.5]", "(12.5, 180]"]

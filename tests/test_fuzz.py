@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import Dataset, Features, List, Value
 from hypothesis import given
@@ -152,7 +153,7 @@ def tables(draw) -> Dataset:
     features = {"image": datasets.Image(), "caption": caption_type}
     if kind := draw(st.none() | st.sampled_from(["int64", *PAIR_IDS])):
         features["pair_id"], pair_id = PAIR_IDS[kind]
-        columns["pair_id"] = several(draw, pair_id, rows)
+        columns["pair_id"] = pa.array(several(draw, pair_id, rows), features["pair_id"].pa_type)
     return Dataset.from_dict(columns, features=Features(features))
 
 

@@ -21,6 +21,7 @@ from hf_modx.cli.index_check import advice
 from hf_modx.cross_phase_of_run import CrossPhaseOfRun
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, encode_pairs, retrieval_metrics
+from hf_modx.evaluation.cross_phase import index_recalls
 from hf_modx.index import IndexAlignment, align_index
 from hf_modx.losses import anchor_loss
 from hf_modx.report import read_run
@@ -154,6 +155,8 @@ def test_rotation_of_both_towers_is_lost_on_an_old_index_until_it_is_turned(alig
     stale, rebuilt = cross_phase_metrics(index, queries), cross_phase_metrics(queries, queries)
     turned = EncodedPairs.of_pairs(alignment.turn_index(image), alignment.turn_index(text))
     assert cross_phase_metrics(turned, queries) == rebuilt
+    expected = {"before": rebuilt, "stale": stale, "realigned": rebuilt, "rebuilt": rebuilt}
+    assert index_recalls(index, queries, alignment, alignment) == expected
     assert stale["cross_phase_text_to_image_recall@1"] < 0.5 < rebuilt["cross_phase_text_to_image_recall@1"]
 
 

@@ -205,6 +205,14 @@ def test_a_tie_is_kept_in_fp32_whatever_the_block(chunk_size):
     assert found.image_rows_kept == found.text_rows_kept == 1
 
 
+@pytest.mark.parametrize(("units", "kept"), [(8, 1.0), (9, 0.5)])
+def test_a_tie_ends_8_units_in_the_last_place_above_the_partner(units, kept):
+    old_images = torch.tensor([[0.75, 0.75 + units * torch.finfo(torch.float64).eps], [0.0, 1.0]], dtype=torch.float64)
+    old_texts = torch.eye(2, dtype=torch.float64)
+    found = affinity_distillation(unit(2, DIM, 0), unit(2, DIM, 1), old_images, old_texts)
+    assert found.image_rows_kept.item() == kept
+
+
 def test_a_slightly_larger_column_is_no_tie():
     old_images, old_texts = old_model_of_matrix([[1.0, 1.0 + 1e-5], [0.0, 1.0]])
     found = affinity_distillation(unit(2, DIM, 0), unit(2, DIM, 1), old_images.float(), old_texts.float())
@@ -472,6 +480,19 @@ def test_ids_that_are_not_one_integer_a_pair_are_refused(ids):
         affinity_distillation(*PAIR, *PAIR, pair_ids=ids)
 
 
+@pytest.mark.parametrize("rows", [torch.ones(3, dtype=torch.bool), torch.arange(4)])
+def test_rows_that_are_not_one_boolean_a_pair_are_refused(rows):
+    with pytest.raises(ValueError, match="rows must be 4 booleans"):
+        affinity_distillation(*PAIR, *PAIR, rows=rows)
+
+
+def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
+    batch, rows = Batch(), torch.arange(N) % 3 == 0
+    parts = [batch.distillation(rows=which, screen=False).loss for which in (rows, ~rows)]
+    torch.testing.assert_close(sum(parts), batch.distillation(screen=False).loss, **EXACT)
+    assert all(part > 0 for part in parts)
+
+
 def test_old_model_of_another_batch_is_refused():
     with pytest.raises(ValueError, match="embedded 3 pairs and the new one 4"):
         affinity_distillation(*PAIR, unit(3, DIM, 0), unit(3, DIM, 1))
@@ -651,6 +672,14 @@ def test_single_precision_stands_the_largest_scale(scale):
         assert (single.double() - wanted).norm() / wanted.norm() < 1e-5
 
 
+def test_a_column_far_from_all_images_does_not_underflow():
+    """exp(100 * -0.99) is next to nothing in fp32, and the text's own probabilities are as large as any."""
+    texts = unit(4, DIM, 0, torch.float32)
+    images = F.normalize(-texts[:1] + 0.05 * unit(4, DIM, 1, torch.float32), dim=1)
+    found = info_nce(images, texts, 100.0, chunk_size=2)
+    torch.testing.assert_close(found.double(), info_nce(images.double(), texts.double(), 100.0), rtol=1e-5, atol=0)
+
+
 def test_ids_of_which_one_kind_never_repeats_still_count():
     batch = Batch()
     unique = torch.stack([torch.arange(N), IDS], dim=1)
@@ -713,6 +742,13 @@ def test_sigmoid_loss_and_gradients_are_those_of_the_paper(chunk_size, pair_ids,
     torch.testing.assert_close(found, expected, **EXACT)
     for one, other in zip(torch.autograd.grad(found, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_sigmoid_loss_takes_plain_numbers_as_scale_and_bias():
+    batch = SigmoidBatch()
+    scale, bias = 14.1, -10.3
+    expected = sigmoid_loss(batch.images, batch.texts, *(torch.tensor(x, dtype=torch.float64) for x in (scale, bias)))
+    torch.testing.assert_close(sigmoid_loss(batch.images, batch.texts, scale, bias), expected, **EXACT)
 
 
 @pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)

@@ -287,6 +287,11 @@ def test_what_is_written_is_read_again(way, has_initial_row):
     assert getattr(EvaluationMatrix, f"from_{way}")(written, **options).to_dict() == matrix.to_dict()
 
 
+def test_frame_begins_with_the_start_unless_told_otherwise():
+    matrix = named_matrix()
+    assert EvaluationMatrix.from_dataframe(matrix.to_dataframe(), [1, None]).to_dict() == matrix.to_dict()
+
+
 def test_csv_is_read_by_pandas():
     frame = pandas.read_csv(io.StringIO(named_matrix().to_csv()), index_col="after")
     assert frame.equals(named_matrix().to_dataframe())

@@ -104,7 +104,13 @@ def snippets(card):
 # ---- The card of a phase ----
 
 
-@pytest.mark.parametrize(("recipe", "number"), [("modx", 0), ("modx", 1), *((recipe, 2) for recipe in RECIPES)])
+@pytest.mark.parametrize(
+    ("recipe", "number"),
+    [
+        *(("modx", number) for number in (0, 1, 2)),
+        *(pytest.param(recipe, 2, marks=pytest.mark.slow) for recipe in RECIPES if recipe != "modx"),
+    ],
+)
 def test_card_of_each_recipe_passes_the_schema(finished, tmp_path, recipe, number):
     folder, *_ = finished(recipe)
     write_card_of_run(folder, number, tmp_path)

@@ -264,6 +264,7 @@ def train_and_save(folder, processes, changes):
     save_file(model.state_dict(), f"{folder}/rank-{args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_scale_bias_and_weights_of_one(tmp_path):
     settings = [(1, {}), (2, {}), (2, {"gradient_cache_chunk_size": 3}), (2, {"teacher_cache": "memory"})]
     found = []

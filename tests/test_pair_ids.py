@@ -244,6 +244,7 @@ def train_together(folder, batch_size):
     save_file(dict(model.state_dict()), f"{folder}/rank-{settings.process_index}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_weights_of_one(tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()

@@ -107,14 +107,15 @@ def features(model):
 EVERY_SECOND = {"save_strategy": "steps", "save_steps": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "settings", "stop"),
     [
         ("modx", {**EVERY_SECOND, "train_logit_scale": True, "lora_dropout": 0.2}, StopAt(2, 3)),
-        pytest.param("er", {**EVERY_SECOND, "lora_merge": False}, StopAt(2, 3), marks=pytest.mark.slow),
-        pytest.param("zscl", {**EVERY_SECOND, "lora_dropout": 0.2}, StopAt(2, 3), marks=pytest.mark.slow),
+        ("er", {**EVERY_SECOND, "lora_merge": False}, StopAt(2, 3)),
+        ("zscl", {**EVERY_SECOND, "lora_dropout": 0.2}, StopAt(2, 3)),
         # Nothing is saved: the phase begins again, but for what comes before its first step.
-        pytest.param("ewc", {"lora_merge": False, "lora_dropout": 0.5}, StopAt(1, 2), marks=pytest.mark.slow),
+        ("ewc", {"lora_merge": False, "lora_dropout": 0.5}, StopAt(1, 2)),
     ],
 )
 def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, recipe, settings, stop):
@@ -125,6 +126,7 @@ def test_interrupted_run_ends_with_the_weights_of_an_undisturbed_one(run, recipe
     assert not same(weights(whole, 2), weights(whole, 1))
 
 
+@pytest.mark.slow
 def test_merged_phases_are_plain_models_that_differ_in_the_layers_of_the_towers(finished):
     continual = finished(merge=True)
     CLIPModel.from_pretrained(continual.phase_folder(2))
@@ -142,6 +144,7 @@ def test_logit_scale_is_trained_where_it_is_asked_for_and_told_to_be_frozen_othe
     assert add_adapter(merged(adapted), make_args(**LORA, train_logit_scale=True)).logit_scale.requires_grad
 
 
+@pytest.mark.slow
 def test_one_adapter_holds_all_phases_so_far(finished, monkeypatch):
     continual = finished(merge=False)
     for number in (1, 2):

@@ -376,11 +376,13 @@ def test_run_that_fell_over_starts_its_phase_with_the_state_from_before(run, mod
     assert same(weights(continual, 2), weights(run("ewc", output_dir=str(tmp_path / "whole")), 2))
 
 
+@pytest.mark.slow
 def test_teacher_of_zscl_is_the_initial_model_after_a_restart(run):
     kept = state(run("zscl", make_stream(1)), 1)
     assert kept and same(kept, state(run("zscl", make_stream(2)), 2))
 
 
+@pytest.mark.slow
 def test_base_is_protected_in_the_first_phase(run, tmp_path):
     with_base, without = run("ewc"), run("ewc", PhaseStream(make_stream().phases), output_dir=str(tmp_path / "other"))
     finetuned = run("finetune", output_dir=str(tmp_path / "finetune"))
@@ -395,6 +397,7 @@ def test_zscl_without_a_base_wants_reference_data_before_anything_is_trained(run
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_lost_state_is_named(run):
     continual = run("ewc", make_stream(2))
     shutil.rmtree(continual.folder / "state")
@@ -449,6 +452,7 @@ def test_callbacks_of_ones_own_see_the_boundaries_of_every_phase(run):
     assert events == ["run on 9", "start", "finish", "start", "finish"]
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_the_hub_with_its_state(run, hub, tmp_path):
     published = {"push_to_hub": True, "hub_model_id": "owner/run"}
     run(EVERYTHING_KEPT, make_stream(1), **published)

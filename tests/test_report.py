@@ -353,6 +353,7 @@ def test_report_says_what_training_and_evaluation_have_taken(make_run, tmp_path)
     assert next(line for line in lines if line.startswith("| modx | 0 |")).endswith("| 60, 7 |")
 
 
+@pytest.mark.slow
 def test_changes_of_the_angle_between_image_and_caption_are_drawn(finished, tmp_path):
     _, folder = finished
     write_report(group_runs([read_run(folder)]), tmp_path / "report")

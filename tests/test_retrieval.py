@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_modx.evaluation import retrieval_metrics, retrieval_ranks
+from hf_modx.data import PairCollator, PairDataset
+from hf_modx.evaluation import EncodedPairs, encode_pairs, retrieval_metrics, retrieval_ranks
 
 from launch import launch
+from tiny import tiny_pairs
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 
@@ -212,6 +214,12 @@ def test_half_precision_is_compared_in_fp32():
     assert torch.equal(retrieval_ranks(images, texts, ids, ids), expected)
 
 
+def test_ranks_are_whole_numbers():
+    """Counted in fp32 they would be exact up to 16.7 million candidates only."""
+    ids = torch.arange(3)
+    assert retrieval_ranks(vectors(3, 0, dtype=torch.float32), vectors(3, 1).float(), ids, ids).dtype == torch.int64
+
+
 def test_a_query_without_a_match_is_refused():
     ids = torch.arange(3)
     with pytest.raises(ValueError, match="no matching candidate"):
@@ -250,6 +258,19 @@ def test_a_perfect_model_has_full_recall():
 def test_candidates_that_no_query_matches_may_stand_in_the_way():
     candidates = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     assert retrieval_ranks(candidates[:1], candidates, torch.tensor([7]), torch.tensor([8, 7, 9])).tolist() == [2]
+
+
+def test_embeddings_with_their_ids_are_the_predictions_that_metrics_take():
+    images, texts = vectors(3, 0), vectors(3, 1)
+    found = EncodedPairs.of_pairs(images, texts).as_predictions()
+    assert [side.tolist() for side in found.predictions] == [images.tolist(), texts.tolist()]
+    assert [ids.tolist() for ids in found.label_ids] == [[0, 1, 2]] * 2
+
+
+def test_a_test_set_of_one_row_is_embedded(model, processor):
+    pairs = PairDataset(tiny_pairs(1), "image", "caption", "pair_id")
+    found = encode_pairs(model, pairs, PairCollator(processor), batch_size=4)
+    assert (len(found.image), len(found.text)) == (1, 2)
 
 
 def test_the_metrics_name_the_side_that_has_no_match():

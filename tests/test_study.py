@@ -40,6 +40,7 @@ def command(folder):
     return json.loads((folder / "command.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_run_has_its_folder_and_a_line_in_the_tables(folder):
     assert tables.is_finished(folder / "out" / "instance" / "finetune-seed0")
     text = (folder / "out" / "tables.md").read_text()
@@ -47,11 +48,13 @@ def test_every_run_has_its_folder_and_a_line_in_the_tables(folder):
     assert "part_1 24 (4.17)" in text and "union 96 (1.04)" in text
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_says_why_in_the_tables(folder):
     text = (folder / "out" / "tables.md").read_text()
     assert "- wrong, seed 0: failed:" in text and "alpha must not be negative, got -1" in text
 
 
+@pytest.mark.slow
 def test_figures_cards_and_measures_are_written(folder):
     out = folder / "out"
     assert (out / "front.png").stat().st_size > 10_000 and (out / "curves-instance.png").stat().st_size > 10_000
@@ -59,6 +62,7 @@ def test_figures_cards_and_measures_are_written(folder):
     assert (out / "measures.csv").read_text().count("instance,finetune,0,finished") == len(tables.METRICS)
 
 
+@pytest.mark.slow
 def test_union_is_in_no_number_of_the_summary(folder):
     results = json.loads((folder / "out" / "instance" / "finetune-seed0" / "results.json").read_text())
     assert results["tests"][-1] == "union" and results["learned_at"][-1] == "all"
@@ -66,6 +70,7 @@ def test_union_is_in_no_number_of_the_summary(folder):
     assert results["summary"][tables.METRIC]["last"] == pytest.approx(sum(own) / len(own))
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_done_again_and_failed_ones_are(folder, command, monkeypatch):
     begun = []
     monkeypatch.setattr(continual_clip, "main", lambda argv: begun.append(argv[argv.index("--output_dir") + 1]))
@@ -73,11 +78,13 @@ def test_finished_runs_are_not_done_again_and_failed_ones_are(folder, command, m
     assert begun == [str(folder / "out" / "instance" / "wrong-seed0")]
 
 
+@pytest.mark.slow
 def test_a_folder_with_other_settings_is_refused(command):
     with pytest.raises(SystemExit, match=r"other settings \(--learning_rate, 0.1\)"):
         study.main([*command, "--learning_rate", "0.1"])
 
 
+@pytest.mark.slow
 def test_jobs_are_processes_whose_last_words_are_the_reason(tmp_path):
     run = study.Run("class", "er", 0, None, ("--recipe", "no_such_recipe"), tmp_path / "run")
     with study.Workers(jobs=2, threads=1) as workers:

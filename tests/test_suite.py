@@ -169,6 +169,16 @@ def test_feature_that_never_changes_and_class_that_was_not_learned():
     assert linear_probe_accuracy(train, train_labels, train, torch.full((60,), 7)) == 0
 
 
+def test_two_rows_of_two_classes_are_enough_for_a_linear_probe():
+    labels = torch.tensor([3, 5])
+    assert linear_probe_accuracy(torch.eye(2), labels, torch.eye(2), labels) == 1
+
+
+def test_what_a_probe_learns_from_decides_its_measures():
+    fingerprints = {LinearProbeTest(labelled(6), train=labelled(rows)).fingerprint() for rows in (20, 20, 21)}
+    assert len(fingerprints) == 2 and None not in fingerprints
+
+
 def test_linear_probe_needs_two_classes():
     with pytest.raises(ValueError, match="needs two classes"):
         linear_probe_accuracy(torch.eye(3), torch.zeros(3), torch.eye(3), torch.zeros(3))
@@ -282,6 +292,7 @@ def test_smaller_test_has_the_classes_of_the_whole(declare, names):
         ({"label_colum": "label"}, "no key 'label_colum' for zero_shot. Did you mean 'label_column'"),
         ({"caption_column": "text"}, "no key 'caption_column' for zero_shot"),
         ({"label_column": "shape"}, "no column 'shape'"),
+        ({"image_column": "picture"}, "The test has no column 'picture'"),
         ({"split": "validation"}, "no split 'validation'. The splits are: test"),
         ({"templates": ["a photo"]}, "needs a place"),
     ],
@@ -292,12 +303,32 @@ def test_what_is_wrong_in_the_file_is_named_with_its_test(declare, changes, mess
         load_tests(declare(entry))
 
 
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        (None, "needs a table to learn from"),
+        (labelled(6).rename_column("label", "kind"), "train has no column 'label'"),
+        (labelled(6).filter(lambda row: row["label"] == 0), "at least two classes to learn"),
+    ],
+)
+def test_table_that_no_probe_can_learn_from_is_refused(train, message):
+    with pytest.raises(ValueError, match=message):
+        LinearProbeTest(labelled(6), train=train)
+
+
+@pytest.mark.parametrize("option", ["image_column", "caption_column", "pair_id_column"])
+def test_columns_of_a_retrieval_test_must_be_there(option):
+    with pytest.raises(ValueError, match=rf"The retrieval test has no column 'lost' \({option}\)"):
+        RetrievalTest(tiny_pairs(2), **{option: "lost"})
+
+
 def test_names_used_twice_and_files_of_another_shape_are_refused(declare, tmp_path):
     with pytest.raises(ValueError, match="the names a are used more than once"):
         load_tests(declare({"name": "a"}, {"name": "a"}))
-    (tmp_path / "tests.yaml").write_text("a: {kind: zero_shot}")
-    with pytest.raises(ValueError, match="must hold a list of tests"):
-        load_tests(tmp_path / "tests.yaml")
+    for text in ("a: {kind: zero_shot}", "- {kind: zero_shot}", "- name"):
+        (tmp_path / "tests.yaml").write_text(text)
+        with pytest.raises(ValueError, match="must hold a list of tests, each a mapping with a name"):
+            load_tests(tmp_path / "tests.yaml")
     (tmp_path / "tests.yaml").write_text("- {name: a")
     with pytest.raises(ValueError, match=r"tests.yaml is no YAML: (?s:.*)line 1"):
         load_tests(tmp_path / "tests.yaml")

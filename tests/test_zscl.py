@@ -81,6 +81,8 @@ def test_distillation_of_unequal_references_is_refused():
         reference_distillation(unit(6, 5, 0), unit(9, 5, 1), unit(5, 5, 2), unit(9, 5, 1), 1.0)
     with pytest.raises(ValueError, match="one width"):
         reference_distillation(unit(6, 5, 0), unit(9, 4, 1), unit(6, 4, 2), unit(9, 4, 1), 1.0)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        reference_distillation(*[unit(6, 5, 0)] * 4, 1.0, temperature=0)
 
 
 def embeddings(model, processor, images, texts):
@@ -337,6 +339,7 @@ def test_value_out_of_its_range_is_refused(options):
 # ---- Exactness ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_phase_ends_with_the_same_weights(model, make_args, processor, pairs, reference, workers):
     start = copy.deepcopy(model)
@@ -390,6 +393,7 @@ def run_on_processes(folder, batch_size, chunk, images_per_step, distill_text_to
     save_file(tensors, f"{folder}/rank-{trainer.args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunk", "images_per_step", "distill_text_tower"),
     [(None, 5, False), (2, 5, False), (None, 1, False), (2, 3, True)],
@@ -500,6 +504,7 @@ def classes_on_processes(folder, batch_size):
     save_file(weights(model), f"{folder}/rank-{trainer.args.process_index}.safetensors")
 
 
+@pytest.mark.slow
 def test_two_processes_learn_classes_as_one_does(tmp_path):
     for number in (1, 2):
         (tmp_path / str(number)).mkdir()

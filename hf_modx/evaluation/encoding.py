@@ -209,9 +209,6 @@ class _Pictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, row: int) -> Any:
-        return self.__getitems__([row])[0]
-
     def __getitems__(self, rows: list[int]) -> list[Any]:
         try:
             return [to_rgb(image) for image in self.images[rows][self.column]]
