@@ -24,7 +24,9 @@ def retention_budget(args: ModXTrainingArguments) -> list[LossCallback]:
     """The callback that the arguments ask for, or none."""
     if args.max_forgetting is None:
         return []
-    return [RetentionBudget(args.max_forgetting, args.on_forgetting, args.retention_steps, args.retention_metric)]
+    budget = RetentionBudget(args.max_forgetting, args.on_forgetting, args.retention_steps, args.retention_metric)
+    budget.asked = args.retention_dataset
+    return [budget]
 
 
 def stopped_early(checkpoint: str | os.PathLike) -> bool:

@@ -15,6 +15,7 @@ SMALL = {
     "retrieval": "--images 40 --captions_per_image 2 --dim 16 --repeats 1",
     "recipe_cost": "--recipes modx,zscl --batch 4 --steps 2 --rounds 1 --reference_texts 20",
     "long_stream": "--phases 6 --rows 2",
+    "alpha_pull": "--sizes 8 16 --steps 1 --base_max_steps 1 --batches 1",
     "input_pipeline": "--images 8 --batch_size 4 --workers 0,1 --repeats 1",
 }
 

@@ -14,7 +14,7 @@ from test_callbacks import context_of, random_pairs
 from test_disorder import finish, turn, unit
 from transformers import CLIPModel
 
-from hf_modx import ModXTrainer, ModXTrainingArguments
+from hf_modx import Contrastive, ModXTrainer, ModXTrainingArguments
 from hf_modx.callbacks import Anchor
 from hf_modx.cli import main
 from hf_modx.cli.index_check import advice
@@ -178,6 +178,20 @@ def test_anchor_is_the_mean_squared_distance_with_its_gradient():
     terms["anchor"].backward()
     assert torch.allclose(student.image.grad, 3 * (student.image - teacher.image).detach() / 6, atol=1e-12)
     assert teacher.image.grad is None
+
+
+def test_embeddings_stay_nearer_with_the_anchor(processor, pairs, make_args):
+    moved = {}
+    for weight in (0.0, 50.0):
+        anchor = Anchor(weight)
+        args = make_args(learning_rate=3e-3, warmup_steps=0, lr_scheduler_type="constant")
+        trainer = ModXTrainer(
+            tiny_clip(processor), args, train_dataset=pairs, processing_class=processor,
+            loss_callbacks=[Contrastive(), anchor],
+        )  # fmt: skip
+        trainer.train()
+        *_, moved[weight] = [entry["anchor_distance"] for entry in trainer.state.log_history if "anchor" in entry]
+    assert 0 < moved[50.0] < moved[0.0] / 3
 
 
 def test_anchor_needs_one_width_and_a_weight_that_is_not_negative():

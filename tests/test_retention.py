@@ -368,8 +368,10 @@ def test_options_of_alpha_that_do_not_go_are_refused(options, said):
 
 
 def test_named_test_is_the_one_that_counts(run):
-    found = record(run(retention_dataset="wrong 1", max_steps=2))
-    assert found["tests"] == {"wrong 1": METRIC}
+    continual = run(retention_dataset="wrong 1", max_steps=2)
+    assert record(continual)["tests"] == {"wrong 1": METRIC}
+    with pytest.raises(ValueError, match="holds a different run: recipe_args was"):
+        run(folder=continual.folder, retention_dataset="right", max_steps=2)
 
 
 def test_bad_settings_are_told_before_training(run, tmp_path):

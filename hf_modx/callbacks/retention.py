@@ -85,6 +85,7 @@ class RetentionBudget(LossCallback):
         self.every = every
         self.metric = metric
         self.tests: Mapping[str, Dataset | Any] = tests or {}
+        self.asked: str | None = None  # the names that a run was asked for: a part of what makes it the same run
         self._price = 1.0
         self._phase: PhaseBoundary | None = None
         self._record: dict[str, Any] = {}
