@@ -49,6 +49,8 @@ Every phase as a revision of one repository on the Hub (after `hf auth login`), 
 Run the command again after an interruption: finished phases are kept, the phase begun goes on from its checkpoint.
 With `--push_to_hub` that works in an empty folder on another machine, too. A run that is finished but could not be
 published whole ends with status 3: the same command publishes the rest.
+
+The last group of `--help` has the flags of this script; those before it are `ModXTrainingArguments`.
 """
 
 import json
@@ -89,66 +91,14 @@ UNPUBLISHED = 3
 class ScriptArguments:
     """What to learn, from what, and how."""
 
+    _argument_group_name = "what to learn, from what, and how"
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A CLIP model. Default: the small CLIP trained on the stream's base."}
     )
     model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the model."})
     from_scratch: bool = field(
         default=False, metadata={"help": "Random weights, of the seed, in the architecture of the model."}
-    )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "A data set on the Hub (what PhaseStream.push_to_hub has published is a stream as it stands), a "
-            "folder written by save_to_disk, an image folder with metadata, or parquet files. Default: the built-in "
-            "drawings."
-        },
-    )
-    demo_stream: str | None = field(
-        default=None,
-        metadata={
-            "help": "Which built-in stream: the same concepts in new renderings (domain, the default), new groups of "
-            "concepts (class) or random ones (instance).",
-            "choices": list(DEMO_STREAMS),
-        },
-    )
-    demo_validation: bool = field(
-        default=False,
-        metadata={"help": "The built-in stream for choosing options: two phases, tests that are no final ones."},
-    )
-    union_test: bool = field(default=False, metadata={"help": "Also test on the pairs of all tests in one gallery."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_split: str | None = field(
-        default=None, metadata={"help": "The split that is cut into phases. Default: train, or the only one."}
-    )
-    phase_column: str | None = field(
-        default=None, metadata={"help": "One phase a value; with --num_phases, equal parts in its order (time)."}
-    )
-    replay_dataset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Old or public pairs in the columns of the data, for recipes that replay: the memory starts with "
-            'them. Bounds are the recipe\'s: \'{"memory_size": 5000, "batch_share": 0.25}\'.'
-        },
-    )
-    replay_split: str = field(default="train", metadata={"help": "Split of replay_dataset: train[:10000]"})
-    num_phases: int | None = field(default=None, metadata={"help": "Number of equal parts, random without a column."})
-    phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
-    test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
-    test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
-    protocol: str | None = field(
-        default=None,
-        metadata={"help": f"One of {', '.join(PROTOCOLS)}, or a file like theirs; see hf_modx.protocols."},
-    )
-    data_root: str | None = field(
-        default=None, metadata={"help": "Folder that holds the protocol's data sets under their names."}
-    )
-    tests: str | None = field(
-        default=None,
-        metadata={
-            "help": "YAML file of further tests, each with name, kind (retrieval, zero_shot, linear_probe), dataset, "
-            "columns and, of classes, templates; see hf_modx.evaluation.load_tests."
-        },
     )
     recipe: list[str] = field(
         default_factory=lambda: ["modx"],
@@ -164,11 +114,65 @@ class ScriptArguments:
             '\'{"modx": {"alpha": 20}}\''
         },
     )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "A data set on the Hub (what PhaseStream.push_to_hub has published is a stream as it stands), a "
+            "folder written by save_to_disk, an image folder with metadata, or parquet files. Default: the built-in "
+            "drawings."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_split: str | None = field(
+        default=None, metadata={"help": "The split that is cut into phases. Default: train, or the only one."}
+    )
+    phase_column: str | None = field(
+        default=None, metadata={"help": "One phase a value; with --num_phases, equal parts in its order (time)."}
+    )
+    num_phases: int | None = field(default=None, metadata={"help": "Number of equal parts, random without a column."})
+    phase_splits: str | None = field(default=None, metadata={"help": "Splits that are the phases: a,b,c"})
+    test_splits: str | None = field(default=None, metadata={"help": "As many test splits, in the phases' order."})
+    test_fraction: float = field(default=0.1, metadata={"help": "Share of a phase held out where it has no test."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "At most so many pairs a phase."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "At most so many pairs a test."})
+    protocol: str | None = field(
+        default=None,
+        metadata={"help": f"One of {', '.join(PROTOCOLS)}, or a file like theirs; see hf_modx.protocols."},
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder that holds the protocol's data sets under their names."}
+    )
+    tests: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of further tests, each with name, kind (retrieval, zero_shot, linear_probe), dataset, "
+            "columns and, of classes, templates; see hf_modx.evaluation.load_tests."
+        },
+    )
+    union_test: bool = field(default=False, metadata={"help": "Also test on the pairs of all tests in one gallery."})
+    replay_dataset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Old or public pairs in the columns of the data, for recipes that replay: the memory starts with "
+            'them. Bounds are the recipe\'s: \'{"memory_size": 5000, "batch_share": 0.25}\'.'
+        },
+    )
+    replay_split: str = field(default="train", metadata={"help": "Split of replay_dataset: train[:10000]"})
+    demo_stream: str | None = field(
+        default=None,
+        metadata={
+            "help": "Which built-in stream: the same concepts in new renderings (domain, the default), new groups of "
+            "concepts (class) or random ones (instance).",
+            "choices": list(DEMO_STREAMS),
+        },
+    )
+    demo_validation: bool = field(
+        default=False,
+        metadata={"help": "The built-in stream for choosing options: two phases, tests that are no final ones."},
+    )
     base_max_steps: int = field(
         default=BASE_MAX_STEPS, metadata={"help": "Steps of the small CLIP before the first phase."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "At most so many pairs a phase."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "At most so many pairs a test."})
     dry_run: bool = field(default=False, metadata={"help": "Print phases, sizes and steps; train nothing."})
 
     def __post_init__(self):
@@ -372,7 +376,9 @@ def cut_into_phases(data: DatasetDict, script: ScriptArguments, seed: int) -> Ph
     fraction = script.test_fraction
     if script.phase_column is None and script.num_phases is None:
         return PhaseStream.from_splits(data, names(script.phase_splits), names(script.test_splits), fraction, seed)
-    split = script.dataset_split or ("train" if "train" in data else next(iter(data)))
+    split = script.dataset_split or ("train" if "train" in data or len(data) > 1 else next(iter(data)))
+    if split not in data and script.dataset_split is None:
+        raise SystemExit(f"Say with --dataset_split which split is cut into phases: {', '.join(data)}.")
     if split not in data:
         raise SystemExit(f"There is no split {split!r}. The splits are: {', '.join(data)}.")
     if script.phase_column is None:

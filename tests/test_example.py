@@ -163,6 +163,14 @@ def test_dry_run_prints_phases_and_trains_nothing(start, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_split_to_cut_into_phases_is_not_chosen_among_several(start, tmp_path):
+    named_splits().save_to_disk(tmp_path / "data")
+    flags = ["--model_name_or_path", start, "--dataset_name", str(tmp_path / "data"), "--num_phases", "2", "--dry_run"]
+    with pytest.raises(SystemExit, match=r"--dataset_split.*phase_1_train, phase_1_test, phase_2_train"):
+        continual_clip.main([*QUICK, *flags])
+    continual_clip.main([*QUICK, *flags, "--dataset_split", "phase_2_train"])
+
+
 def test_sizes_can_be_limited(example, tmp_path):
     named_splits().save_to_disk(tmp_path / "data")
     flags = ["--dataset_name", str(tmp_path / "data"), "--max_train_samples", "10", "--max_eval_samples", "5"]
