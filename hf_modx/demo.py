@@ -63,7 +63,7 @@ def demo_stream(seed: int = 0, *, validation: bool = False) -> PhaseStream:
 
     Args:
         seed: decides which concepts are held out where.
-        validation: for choosing options without a look at the tests: they are left out, and half as many other
+        validation: for choosing options without a look at this seed's tests: they are left out, and half as many other
             drawings of each training part are held out in their place. Only the first two phases.
 
     Raises:

@@ -158,7 +158,7 @@ def as_text(found: Iterable[Assessment], advice: Advice, cost: Cost | None) -> s
         lines += [
             "",
             f"The longest phase: {cost.steps:,} steps of {advice.recipe}, {cost.seconds_a_step:.2f} s each, "
-            f"{cost.seconds / 60:.0f} minutes without evaluation, {cost.peak_bytes / 2**30:.1f} GiB at the peak.",
+            f"{cost.seconds / 60:.1f} minutes without evaluation, {cost.peak_bytes / 2**30:.1f} GiB at the peak.",
         ]
     return "\n".join(lines)
 
