@@ -12,14 +12,14 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from test_hub import REPO, branches, commits, content, make_run, on_disk, short_waits, tags  # noqa: F401 - fixtures
 
-from hf_modx import ContinualRun, PhaseStream
+from hf_modx import ContinualRun, ModXTrainingArguments, PhaseStream
 from hf_modx.cli import main
 from hf_modx.deletion import forget
 from hf_modx.files import write_text
 from hf_modx.hub import HubPublisher
 from hf_modx.hub_faults import RepositoryConflict
 from hf_modx.hub_run import revision_of_phase
-from hf_modx.identity import changes
+from hf_modx.identity import changes, run_identity
 from hf_modx.rollback import reopen, rollback
 from hf_modx.run_folder import JOURNAL, refuse_unfinished_rollback
 
@@ -154,7 +154,7 @@ def test_deleted_pairs_stay_deleted(start, out):
     assert results(again)["deleted_pairs"]["trained_before"] == 1
 
 
-def test_union_of_tests_is_measured_anew_where_a_phase_is_added_or_another_one(start, out):
+def test_union_of_tests_is_measured_anew_where_a_later_phase_is_another_one(start, out):
     old = make_stream(2)
     rollback(out, 1)
     second = replace(old.phases[1], test=old.phases[1].test.select([0, 1]))
@@ -162,6 +162,15 @@ def test_union_of_tests_is_measured_anew_where_a_phase_is_added_or_another_one(s
     assert again["test_pairs"]["union"] == 8
     for row in again["matrix"]["text_to_image_recall@1"]:
         assert row[again["tests"].index("union")] in [hits / 8 for hits in range(9)]
+
+
+def test_union_of_tests_grows_with_the_stream():
+    before, now = (
+        run_identity("er", [], ModXTrainingArguments("out"), make_stream(phases).with_union_test())
+        for phases in (1, 2)
+    )
+    assert before["tests"]["union"] != now["tests"]["union"]
+    assert changes(before, now) == []
 
 
 def test_adapters_are_stacked_on_such_as_they_are():
