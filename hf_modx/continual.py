@@ -45,7 +45,7 @@ from .provenance import adapter_base, data_source, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .retention_of_run import RetentionTests, retention_budget, stopped_early
-from .rollback import history_in_words, refuse_unfinished_rollback, reopen
+from .rollback import history_in_words, reopen
 from .run_folder import (
     MEMORY,
     RECORD,
@@ -56,6 +56,7 @@ from .run_folder import (
     last_complete_checkpoint,
     last_trained,
     phase_folder,
+    refuse_unfinished_rollback,
     state_file,
 )
 from .stream_checks import StreamChecks

@@ -5,6 +5,7 @@ Tests are not touched, nor what lies outside the run's folder, as an image cache
 """
 
 import logging
+import os
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from datasets import Dataset, load_from_disk
 from .files import publish_folder, read_json, write_json
 from .overlap import image_digest, image_digests
 from .phases import PhaseStream
-from .run_folder import DELETED, MEMORY, RECORD, finished_rows
+from .run_folder import DELETED, MEMORY, RECORD, finished_rows, refuse_unfinished_rollback
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,12 @@ class Deletions:
         asked = tuple(sorted(set(pair_ids))), tuple(sorted({digest.hex() for digest in images}))
         request = Request(*asked, after_phase=self._trained())
         newest = max(self._tables(), default=None)
-        rows = self._matching(load_from_disk(str(newest[1])), [request]) if newest is not None else []
+        table = load_from_disk(str(newest[1])) if newest is not None else None
+        if request.pair_ids and table is not None and self.pair_id_column not in table.column_names:
+            raise ValueError(
+                f"The pairs of this run have no column {self.pair_id_column!r}: no id names one. Ask for their images."
+            )
+        rows = self._matching(table, [request]) if table is not None else []
         self.requests.append(replace(request, from_memory=len(rows)))
         self._write()
         self.carry_out()
@@ -78,6 +84,8 @@ class Deletions:
         trained = self._trained()
         if all(request.is_done and request.after_phase <= trained for request in self.requests):
             return
+        for leftover in (self.run / MEMORY).glob(".*"):  # what was begun and killed may hold the pairs
+            shutil.rmtree(leftover)
         for _, place in self._tables():
             self._clean(place)
         begun = () if all(request.is_done for request in self.requests) else (self.run / "checkpoints").glob("phase-*")
@@ -97,6 +105,9 @@ class Deletions:
         """
         if not self.requests:
             return stream
+        has_ids = any(self.pair_id_column in phase.train.column_names for phase in stream.all_phases())
+        if not has_ids and any(request.pair_ids for request in self.requests):
+            logger.warning("Pairs were to be forgotten by ids, and no data have a column %r.", self.pair_id_column)
 
         def clean(name: str, part: Dataset) -> Dataset:
             if name.endswith("(test)"):
@@ -147,12 +158,15 @@ class Deletions:
         rows = set(self._matching(table, self.requests))
         if not rows:
             return
-        scratch = place.with_name(f".{place.name}.cleaned")
-        shutil.rmtree(scratch, ignore_errors=True)
-        table.select([row for row in range(len(table)) if row not in rows]).save_to_disk(str(scratch))
-        shutil.copy(place / "memory.json", scratch / "memory.json")
-        shutil.rmtree(place)  # killed here, the run makes the table again, without the pairs
-        publish_folder(scratch, place)
+        cleaned, old = (place.with_name(f".{place.name}.{name}") for name in ("cleaned", "old"))
+        staying = [row for row in range(len(table)) if row not in rows]
+        if staying:
+            table.select(staying).save_to_disk(str(cleaned))
+            shutil.copy(place / "memory.json", cleaned / "memory.json")
+        os.replace(place, old)  # without a table, the run makes it again, without the pairs
+        if staying:
+            publish_folder(cleaned, place)
+        shutil.rmtree(old)
 
     def _write(self) -> None:
         write_json(self.run / DELETED, [asdict(request) for request in self.requests])
@@ -171,7 +185,8 @@ def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ())
         images: files with their images, byte for byte as the data store them.
 
     Raises:
-        ValueError: the folder holds no run, or nothing is asked.
+        ValueError: the folder holds no run, one whose rollback is not finished, or one whose pairs have no ids and
+            are asked for by id; or nothing is asked.
         OSError: an image file cannot be read.
     """
     record = read_json(run / RECORD)
@@ -179,6 +194,7 @@ def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ())
         raise ValueError(f"{run} holds no run: there is no {RECORD}.")
     if not pair_ids and not images:
         raise ValueError("Say which pairs to forget: ids, images or both.")
+    refuse_unfinished_rollback(run)
     settings = record["identity"]["hyperparameters"]
     deletions = Deletions(run, (settings["image_column"], settings["pair_id_column"]))
     return deletions.add(pair_ids, [image_digest(path.read_bytes()) for path in images])

@@ -111,6 +111,7 @@ class HubPublisher:
         on_hub: phase -> commit of those that the Hub says are complete, from phase 0 without a gap.
         published: those of them that are known to be this folder's.
         missing: what the last `publish` could not do, and `reason` why.
+        rolled_back_to: phase that the run on the Hub was taken back to; None: it never was.
     """
 
     def __init__(self, repo_id: str, folder: Path, *, token: str | None = None, private: bool = True):
@@ -125,6 +126,7 @@ class HubPublisher:
         self.on_hub: dict[int, str] = {}
         self.missing: tuple[str, ...] = ()
         self.reason = ""
+        self.rolled_back_to: int | None = None
         self._main: str | None = None  # the head of main as this writer knows it; None: not its writer yet
         self._main_phase: int | None = None  # whose files it holds
         self._claim: dict[str, Any] = {}
@@ -215,7 +217,7 @@ class HubPublisher:
             self._refuse_unfinished_rollback(found, {*heads.values(), *tags.values()})
             self._refuse_other_settings(found, record)
         if found is not None:
-            self._main_phase = found.get("phase")
+            self._main_phase, self.rolled_back_to = found.get("phase"), found.get("rolled_back_to")
             record = {**record, "run_id": found["run_id"], "phase": self._main_phase}
         self._claim = {"record": record, "is_new": is_new}
         self._main = heads["main"]  # from here on a head that this writer has not made is another one's

@@ -114,13 +114,16 @@ class RunOnHub:
             return record["run_id"], False
         if run_id != record["run_id"]:
             forget_start(self.folder)
+        ids = {"run_id": run_id, "writer": record["writer"]}
+        if self.publisher.rolled_back_to is not None:  # phases that were published before do not know of it
+            ids["rolled_back_to"] = self.publisher.rolled_back_to
         try:
-            self._fetch({"run_id": run_id, "writer": record["writer"]})
+            self._fetch(ids)
         except HubError as error:
             raise HubError(f"The run on the Hub could not be fetched; the same command tries again. {error}") from None
         return run_id, 0 in self.publisher.on_hub
 
-    def _fetch(self, ids: Mapping[str, str]) -> None:
+    def _fetch(self, ids: Mapping[str, Any]) -> None:
         """The phases that the folder lacks, and the checkpoint inside the next one if that is wanted."""
         on_hub = len(self.publisher.on_hub)
         for number in range(finished_rows(self.folder), on_hub):
@@ -141,7 +144,7 @@ class RunOnHub:
             logger.warning("The Hub does not answer; phases are published as soon as it does. %s", error)
             return None
 
-    def _fetch_phase(self, number: int, ids: Mapping[str, str]) -> None:
+    def _fetch_phase(self, number: int, ids: Mapping[str, Any]) -> None:
         """The phase counts as finished when its row is in the results, which come last."""
         final = phase_folder(self.folder, number)
         temporary = final.with_name(f".{final.name}.tmp")

@@ -50,6 +50,7 @@ HYPERPARAMETERS = [
 ]
 PAIRS = ["same_pair_id", "pairs_in_batch"]
 BEFORE_THERE_WAS_A_CHOICE = {"same_pair_id": "neutral", "pairs_in_batch": "any"}
+STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
 
 
@@ -76,6 +77,7 @@ def run_identity(
             for phase in stream
         ],
         "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in stream.tests().items()},
+        "union_tests": list(stream.union_tests),
     }
 
 
@@ -101,11 +103,16 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
         settled: a phase up to which alone the two must agree, as after a rollback to it: settings, recipe, and the
             data of later phases and of their tests may differ.
     """
-    found = [] if settled is not None else setting_changes(before, now)
+    found = adapter_changes(before, now, settled) if settled is not None else setting_changes(before, now)
     asked, known = before.get("deletions", 0), now.get("deletions", 0)
     if asked > known:
-        found.append(f"it was asked {asked} times to forget pairs, and deleted.json here knows of {known}")
-    for name in ("base_max_steps", "start", *([] if known else ["base"])):
+        found.append(
+            f"it was asked {asked} times to forget pairs, and the deleted.json here, which has to go with the run, "
+            f"knows of {known}"
+        )
+    if not known and "base" in before and before["base"] != now["base"]:
+        found.append("the base, which are the pairs of replay_dataset where that is given, had other data")
+    for name in ("base_max_steps", "start"):
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     kept, later = before["phases"][:settled], before["phases"][len(before["phases"][:settled]) :]
@@ -114,11 +121,23 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
     for number, (old, new) in enumerate(zip(kept, now["phases"], strict=False), start=1):
         if old != new and not (known and old["name"] == new["name"] and old["rows"] > new["rows"]):
             found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
-    free = {phase["name"] for phase in later}
+    free = {phase["name"] for phase in later} | set(now.get("union_tests", ()))  # which hold what the others hold
     for name, old in before.get("tests", {}).items():
         if old != now["tests"].get(name, old) and name not in free:
             found.append(f"the test {name!r} had other data")
     return found
+
+
+def adapter_changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int) -> list[str]:
+    """What keeps the phases after a rollback from stacking their adapters on those that stay."""
+    if not is_adapter(before, settled) and not is_adapter(now, settled):
+        return []
+    old, new = before["hyperparameters"], now["hyperparameters"]
+    return [
+        f"{name} was {old.get(name)!r} and is {new.get(name)!r}, and adapters that are kept must agree in it"
+        for name in STACKED
+        if old.get(name) != new.get(name)
+    ]
 
 
 def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .files import publish_file
 from .load_data import require_columns
 from .losses.contrastive import full_precision
 
@@ -78,7 +80,10 @@ class IndexAlignment:
 
     def save(self, path: str | PathLike) -> None:
         """As a file of safetensors that `load` reads."""
-        save_file({"rotation": self.rotation.cpu().contiguous(), "pairs": torch.tensor(self.pairs)}, path)
+        final = Path(path)
+        temporary = final.with_name(f".{final.name}.tmp")
+        save_file({"rotation": self.rotation.cpu().contiguous(), "pairs": torch.tensor(self.pairs)}, temporary)
+        publish_file(temporary, final)
 
     @classmethod
     def load(cls, path: str | PathLike) -> "IndexAlignment":

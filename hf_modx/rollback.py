@@ -20,15 +20,23 @@ from safetensors.torch import save_file
 
 from .deletion import Deletions
 from .evaluation import EvaluationMatrix
-from .files import read_json, write_json
+from .files import publish_file, read_json, write_json
 from .hub import HubPublisher
 from .hub_run import revision_of_phase
 from .identity import setting_changes
-from .run_folder import MEMORY, RECORD, RESULTS, finished_rows, phase_folder, state_file
+from .run_folder import (
+    JOURNAL,
+    MEMORY,
+    RECORD,
+    RESULTS,
+    finished_rows,
+    phase_folder,
+    refuse_unfinished_rollback,
+    state_file,
+)
 
 logger = logging.getLogger(__name__)
 
-JOURNAL = "rollback.json"
 HUB_FILE = "hub.json"
 PLACES = ("", "checkpoints", "state", MEMORY)
 """Folders of a run in which something is named after a phase."""
@@ -57,9 +65,9 @@ def rollback(run: Path, number: int) -> list[str]:
     if record is None:
         raise ValueError(f"{run} holds no run: there is no {RECORD} in it.")
     _check(run, number)
-    record = _record_after(record, number)
-    deleted = Deletions(run, ("", "")).results(number)  # which asks for no columns
-    results = _results_after(read_json(run / RESULTS), number) | deleted
+    deletions = Deletions(run, ("", ""))  # which asks for no columns
+    record = _record_after(record, number, len(deletions))
+    results = _results_after(read_json(run / RESULTS), number) | deletions.results(number)
     published = read_json(run / HUB_FILE)
     if published is None:
         write_json(run / JOURNAL, {"to": number})
@@ -68,15 +76,6 @@ def rollback(run: Path, number: int) -> list[str]:
     removed = _go_back_on_disk(run, number, record, results)
     (run / JOURNAL).unlink()
     return removed
-
-
-def refuse_unfinished_rollback(run: Path) -> None:
-    """Raise a ValueError where a rollback of the run was interrupted."""
-    journal = read_json(run / JOURNAL)
-    if journal is not None:
-        raise ValueError(
-            f"A rollback of {run} was interrupted. Finish it first: hf-modx rollback {run} --to phase-{journal['to']}"
-        )
 
 
 def reopen(run: Path, identity: Mapping[str, Any], keepers: list[str]) -> dict[str, Any]:
@@ -133,12 +132,14 @@ def _check(run: Path, number: int) -> None:
         raise ValueError(f"{phase_folder(run, number)} is gone: nothing could go on from it.")
 
 
-def _record_after(record: Mapping[str, Any], number: int) -> dict[str, Any]:
-    """run.json with the settings that the phase was trained with, and open for others from the next one on."""
+def _record_after(record: Mapping[str, Any], number: int, deletions: int) -> dict[str, Any]:
+    """run.json with the settings that the phase was trained with, and open for others from the next one on. What the
+    run was asked to forget since then stays asked: without deleted.json it is refused here and elsewhere."""
     history = record.get("history", [])
     kept = [entry for entry in history if entry["until_phase"] < number]
     of_phase = history[len(kept)]["identity"] if len(kept) < len(history) else record["identity"]
-    return {**record, "identity": of_phase, "history": kept, "rolled_back_to": number}
+    asked = max(deletions, record["identity"].get("deletions", 0))
+    return {**record, "identity": {**of_phase, "deletions": asked}, "history": kept, "rolled_back_to": number}
 
 
 def _results_after(results: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -217,7 +218,9 @@ def _begin_to_keep(run: Path, last: int, names: list[str]) -> None:
     logger.warning("%s: nothing is known of the phases up to phase-%d, trained without.", ", ".join(names), last)
     if not state_file(run, last).exists():
         state_file(run, last).parent.mkdir(exist_ok=True)
-        save_file({}, state_file(run, last))
+        temporary = state_file(run, last).with_name(f".{state_file(run, last).name}.tmp")
+        save_file({}, temporary)
+        publish_file(temporary, state_file(run, last))
 
 
 def _forget_other_tests(run: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
@@ -233,4 +236,9 @@ def _forget_other_tests(run: Path, before: Mapping[str, str], now: Mapping[str, 
         }
     for name in ("tests", "learned_at"):
         results[name] = [results[name][column] for column in kept]
+    for name in other:
+        results.get("per_class", {}).pop(name, None)
+        for phase in filter(None, results.get("spatial_disorder", {}).get("phases", [])):
+            for since in phase.values():
+                since["tests"].pop(name, None)
     write_json(run / RESULTS, results)

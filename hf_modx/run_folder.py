@@ -13,6 +13,8 @@ from .files import has_whole_seal, read_json
 logger = logging.getLogger(__name__)
 
 RECORD, RESULTS, MEMORY = "run.json", "results.json", "memory"
+JOURNAL = "rollback.json"
+"""There while a rollback is not finished, and where to."""
 DELETED = "deleted.json"
 """Requests to forget pairs: ids and hashes, never an image or a caption. It is not published."""
 
@@ -69,3 +71,12 @@ def last_complete_checkpoint(folder: Path) -> str | None:
             return str(checkpoint)
         logger.warning("%s is incomplete and left out.", checkpoint)
     return None
+
+
+def refuse_unfinished_rollback(run: Path) -> None:
+    """Raise a ValueError where a rollback of the run was interrupted."""
+    journal = read_json(run / JOURNAL)
+    if journal is not None:
+        raise ValueError(
+            f"A rollback of {run} was interrupted. Finish it first: hf-modx rollback {run} --to phase-{journal['to']}"
+        )

@@ -7,17 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import load_from_disk
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from test_hub import REPO, branches, commits, content, make_run, on_disk, short_waits, tags  # noqa: F401 - fixtures
 
-from hf_modx import PhaseStream
+from hf_modx import ContinualRun, ModXTrainingArguments, PhaseStream
 from hf_modx.cli import main
+from hf_modx.deletion import forget
 from hf_modx.files import write_text
 from hf_modx.hub import HubPublisher
 from hf_modx.hub_faults import RepositoryConflict
 from hf_modx.hub_run import revision_of_phase
-from hf_modx.rollback import JOURNAL, refuse_unfinished_rollback, reopen, rollback
+from hf_modx.identity import changes, run_identity
+from hf_modx.rollback import reopen, rollback
+from hf_modx.run_folder import JOURNAL, refuse_unfinished_rollback
 
 from hub_server import Faults
 from test_continual import StopAt, make_stream, results, run, same, weights  # noqa: F401 - run is a fixture
@@ -133,6 +137,57 @@ def test_phases_that_stay_keep_their_data(start, out):
         start(PhaseStream((first, old.phases[1]), base=old.base))
 
 
+def test_deleted_pairs_stay_deleted(start, out):
+    """Also where the phase that is gone back to was trained with other settings, before anybody asked."""
+    rollback(out, 1)
+    start(learning_rate=5e-3)
+    forget(out, [2, 14, 26])
+    rollback(out, 1)
+    assert not {2, 14, 26} & set(load_from_disk(out / "memory" / "phase-1")["pair_id"])
+    assert record_of(out)["identity"]["deletions"] == 1
+    (out / "deleted.json").rename(out / "mislaid.json")
+    with pytest.raises(ValueError, match="asked 1 times to forget pairs"):
+        start()
+    (out / "mislaid.json").rename(out / "deleted.json")
+    again = start()
+    assert results(again)["training"][1]["pairs"] == 8
+    assert results(again)["deleted_pairs"]["trained_before"] == 1
+
+
+def test_union_of_tests_is_measured_anew_where_a_later_phase_is_another_one(start, out):
+    old = make_stream(2)
+    rollback(out, 1)
+    second = replace(old.phases[1], test=old.phases[1].test.select([0, 1]))
+    again = results(start(PhaseStream((old.phases[0], second), base=old.base).with_union_test()))
+    assert again["test_pairs"]["union"] == 8
+    for row in again["matrix"]["text_to_image_recall@1"]:
+        assert row[again["tests"].index("union")] in [hits / 8 for hits in range(9)]
+
+
+def test_union_of_tests_grows_with_the_stream():
+    before, now = (
+        run_identity("er", [], ModXTrainingArguments("out"), make_stream(phases).with_union_test())
+        for phases in (1, 2)
+    )
+    assert before["tests"]["union"] != now["tests"]["union"]
+    assert changes(before, now) == []
+
+
+def test_adapters_are_stacked_on_such_as_they_are():
+    plain = {"recipe": "modx", "hyperparameters": {"peft": None}, "phases": [{"name": "a"}, {"name": "b"}]}
+    kept = {"peft": "lora", "lora_merge": False, "lora_rank": 4, "lora_alpha": 8, "lora_targets": None}
+    kept, merged, larger, careful = (
+        {**plain, "hyperparameters": {**kept, **changed}}
+        for changed in ({}, {"lora_merge": True}, {"lora_rank": 8}, {"lora_dropout": 0.5})
+    )
+    plain, kept, merged, larger, careful = ({**one, "tests": {}} for one in (plain, kept, merged, larger, careful))
+    assert "lora_merge was None and is False" in " ".join(changes(plain, kept, settled=1))
+    assert "peft was 'lora' and is None" in " ".join(changes(kept, plain, settled=1))
+    assert "lora_rank was 4 and is 8" in changes(kept, larger, settled=1)[0]
+    assert changes(kept, careful, settled=1) == changes(plain, merged, settled=1) == []
+    assert changes(kept, plain, settled=0) == []
+
+
 def test_other_recipe_begins_with_what_it_can_know(tmp_path, caplog):
     make_up_run(tmp_path, 2)
     identity = record_of(tmp_path)["identity"]
@@ -198,6 +253,23 @@ def test_hub_goes_back_and_on_with_other_settings(hub, make_run):  # noqa: F811
     elsewhere.run()
     assert record_of(elsewhere.folder)["history"] == record_of(again.folder)["history"]
     assert same(weights(elsewhere, 2), weights(again, 2))
+
+
+@pytest.mark.slow
+def test_empty_folder_goes_on_with_other_settings_from_where_the_hub_is_back_at(hub, tmp_path, make_args):
+    """Of a run that makes its own start model, which is known once it is fetched."""
+
+    def start(folder, **changes):
+        settings = {"push_to_hub": True, "hub_model_id": REPO, "max_steps": 1, **changes}
+        args = make_args(output_dir=str(tmp_path / folder), **settings)
+        continual = ContinualRun(make_stream(2), "finetune", args, base_max_steps=1)
+        continual.run()
+        return continual
+
+    start("out")
+    rollback(tmp_path / "out", 1)
+    elsewhere = start("elsewhere", learning_rate=5e-3)
+    assert results(elsewhere)["changed_settings"][0]["until_phase"] == 1
 
 
 def test_published_phase_that_main_does_not_know_yet_is_gone_on_with(hub, tmp_path):

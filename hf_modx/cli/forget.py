@@ -13,18 +13,27 @@ from pathlib import Path
 
 from ..deletion import forget
 
+IMAGE = "pairs of these images, byte for byte as the data store them; a memory filled from --image_cache needs ids"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--pair_id", type=int, nargs="+", default=[], metavar="ID", help="pairs of these ids")
     parser.add_argument("--pair_id_file", type=Path, help="text file of ids, one a line")
-    parser.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE", help="pairs of these images")
+    parser.add_argument("--image", type=Path, nargs="+", default=[], metavar="FILE", help=IMAGE)
 
 
 def run(options: argparse.Namespace) -> None:
-    listed = options.pair_id_file.read_text().split() if options.pair_id_file is not None else []
-    request = forget(options.run, [*options.pair_id, *map(int, listed)], options.image)
+    listed = ids_in(options.pair_id_file) if options.pair_id_file is not None else []
+    request = forget(options.run, [*options.pair_id, *listed], options.image)
     print(f"{len(request.pair_ids)} ids and {len(request.images)} images asked for.")
     print(f"{request.from_memory} rows taken out of the replay memory.")
     if request.after_phase:
         print(f"The models of phases 1 to {request.after_phase} were trained before and may still know them.")
+
+
+def ids_in(file: Path) -> list[int]:
+    try:
+        return [int(line) for line in file.read_text(encoding="utf-8").split()]
+    except ValueError as error:
+        raise ValueError(f"{file} must hold ids, whole numbers one a line: {error}") from error

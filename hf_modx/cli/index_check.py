@@ -84,6 +84,7 @@ def run(options: argparse.Namespace) -> None:
         "advice": {of: advice(values, of, options.tolerance) for of in ASKED},
     }
     if options.save_map is not None:
+        options.save_map.parent.mkdir(parents=True, exist_ok=True)
         maps[0].save(options.save_map)
     if options.output_file is not None:
         options.output_file.parent.mkdir(parents=True, exist_ok=True)
