@@ -175,6 +175,28 @@ def test_looks_change_nothing_in_training(run):
     assert all(torch.equal(tensor, weights(held)[name]) for name, tensor in weights(free).items())
 
 
+class AtTheEnd(TrainerCallback):
+    """The weights of the last step."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_looks_leave_the_random_numbers_of_training_alone(known, processor, tmp_path):
+    found = []
+    for every in (2, 10):  # ten: there is no look in between
+        model = tiny_clip(processor)
+        model.load_state_dict(known)
+        for layer in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
+            layer.self_attn.dropout = 0.2
+        last = AtTheEnd()
+        trainer, _ = watched(model, processor, tmp_path, every, callbacks=[last])
+        trainer.train()
+        found.append(last.weights)
+    looked, free = found
+    assert all(torch.equal(weight, free[name]) for name, weight in looked.items())
+
+
 @pytest.mark.parametrize(
     ("owner", "policy"),
     [
@@ -364,6 +386,21 @@ def test_options_of_alpha_that_do_not_go_are_refused(options, said):
         ModX(**options)
 
 
+def test_nan_is_no_score(known, processor, tmp_path):
+    """Of the start nothing can be promised; later all is forgotten, and the price stays a number."""
+    model = tiny_clip(processor)
+    model.load_state_dict(known)
+    scores = [1.0] + 4 * [float("nan")]
+    trainer, budget = watched(model, processor, tmp_path, compute_metrics=lambda _: {METRIC: scores.pop(0)})
+    with pytest.raises(IndexError):  # the first of those after the training
+        trainer.train()
+    assert budget.price == 16 and budget._looks == [(step, 1.0) for step in (2, 4, 6, 8)]
+    scores.append(float("nan"))
+    trainer, _ = watched(model, processor, tmp_path, compute_metrics=lambda _: {METRIC: scores.pop(0)})
+    with pytest.raises(ValueError, match="of the phase has NaN"):
+        trainer.train()
+
+
 # ---- Which tests ----
 
 
@@ -382,6 +419,9 @@ def test_bad_settings_are_told_before_training(run, tmp_path):
     for changes in ({"max_forgetting": 1.0}, {"on_forgetting": "cry"}, {"retention_steps": 1.5}):
         with pytest.raises(ValueError):
             run(**changes)
+    for metric in ("loss", "image_to_text_median_rank"):
+        with pytest.raises(ValueError, match=f"Of {metric} less is better"):
+            run(retention_metric=metric)
 
 
 def test_budget_without_anything_old_is_refused(known, processor, tmp_path):
@@ -402,17 +442,24 @@ def test_data_set_becomes_a_test(tmp_path):
     assert args.retention_dataset == "old.parquet,right"
 
 
-def test_trainer_alone_takes_a_budget(known, processor, tmp_path):
-    model = tiny_clip(processor)
-    model.load_state_dict(known)
-    budget = RetentionBudget(BUDGET, metric=METRIC, tests={"right": tiny_pairs(24, style="other")})
+def watched(model, processor, folder, every=2, **options):
+    """A Trainer without a run, and its budget."""
+    budget = RetentionBudget(BUDGET, every=every, metric=METRIC, tests={"right": tiny_pairs(24, style="other")})
     trainer = ModXTrainer(
         model,
-        _args(tmp_path, max_forgetting=None),
+        _args(folder, max_forgetting=None),
         train_dataset=unlearning_stream().phases[0].train,
         processing_class=processor,
         loss_callbacks=[Contrastive(), budget],
+        **options,
     )
+    return trainer, budget
+
+
+def test_trainer_alone_takes_a_budget(known, processor, tmp_path):
+    model = tiny_clip(processor)
+    model.load_state_dict(known)
+    trainer, budget = watched(model, processor, tmp_path)
     trainer.train()
     found = budget.results()["retention"]
     assert found["action"] == "interpolated"
