@@ -69,14 +69,17 @@ def test_replayed_rows_have_their_share_of_a_reference_that_does_not_divide_the_
 
 
 @pytest.mark.parametrize("positives", [True, False])
-def test_rows_ranked_first_are_those_that_the_distillation_keeps(positives):
+@pytest.mark.parametrize("lost", [None, 11])
+def test_rows_ranked_first_are_those_that_the_distillation_keeps(positives, lost):
     pairs, ids = embeddings(40, 0.8), torch.arange(40) // 2 * torch.arange(40).remainder(3).sign()
+    if lost is not None:
+        pairs.image[lost] = torch.nan  # no text row is right then
     found = rows_ranked_first(pairs.image, pairs.text, pair_ids=ids, positives=positives, chunk_size=7)
     sides = (pairs.image, pairs.text)
     expected = affinity_distillation(*sides, *sides, pair_ids=ids, positives=positives)
     kept = [expected.image_rows_kept, expected.text_rows_kept]
     assert [side.double().mean().item() for side in found] == pytest.approx([part.item() for part in kept])
-    assert 0 < kept[0] < 1
+    assert 0 < kept[0] < 1 and (lost is None) == (kept[1] > 0)
 
 
 def test_nothing_kept_is_no_division_by_zero():

@@ -437,6 +437,10 @@ def test_data_set_becomes_a_test(tmp_path):
     assert load_retention_tests(_args(tmp_path / "out", retention_dataset="right"), ["right"]) == {}
     with pytest.raises(ValueError, match="is no test of the run"):
         load_retention_tests(_args(tmp_path / "out", retention_dataset=f"{tmp_path}/nothing"), ["right"])
+    for named in ("{0}/right", "{0}/old.parquet, {0}/again/old.parquet"):
+        twice = _args(tmp_path / "out", retention_dataset=named.format(tmp_path))
+        with pytest.raises(ValueError, match="which is another"):
+            load_retention_tests(twice, ["right"])
     found = load_retention_tests(args, ["right"])
     assert list(found) == ["old.parquet"] and isinstance(found["old.parquet"], RetrievalTest)
     assert args.retention_dataset == "old.parquet,right"

@@ -84,9 +84,7 @@ class RetentionBudget(LossCallback):
         if not every > 0 or (every >= 1 and every != int(every)):
             raise ValueError(f"A look is every so many steps, or a share of the phase's below 1, got {every}.")
         if metric is not None and metric.endswith(LOWER_IS_BETTER):
-            raise ValueError(
-                f"Of {metric} less is better: take a metric that falls with forgetting, as recall does."
-            )
+            raise ValueError(f"Of {metric} less is better: take a metric that falls with forgetting, as recall does.")
         self.max_forgetting = max_forgetting
         self.on_forgetting = on_forgetting
         self.every = every

@@ -108,19 +108,19 @@ def rows_ranked_first(
     positives: bool = False,
     chunk_size: int | None = None,
 ) -> list[Tensor]:
-    """(N,) bool of images and of texts: the rows that `affinity_losses` screens as right, in one matrix product.
+    """(N,) bool of images and of texts: the rows that `affinity_losses` screens as right, in one matrix product. A row
+    with a cosine that is NaN is not.
 
     Args:
         images, texts: (N, D), unit-norm, fp32 or fp64; no gradient is computed.
         pair_ids, positives, chunk_size: as there.
     """
-    images, texts, usable = _without_nonfinite(images, texts)
     settings = _Settings(1.0, True, None, repeated(pair_ids), positives, block_rows(texts, chunk_size), None)
     screen = _Screen(images)
     for place, block, _, right in _Blocks(images, texts, None, None, settings):
         screen.add_own(place, block, right)
         screen.add_highest(place, block)
-    return [known & first for known, first in zip(usable, screen.own_is_highest(), strict=True)]
+    return screen.own_is_highest()
 
 
 @dataclass(frozen=True)
