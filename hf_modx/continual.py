@@ -5,9 +5,8 @@ import gc
 import logging
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,14 +26,11 @@ from .data import PairCollator, PairDataset, check_processor
 from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
-from .disorder_of_run import DisorderOfRun, disorder_results, training_sample
+from .disorder_of_run import DisorderOfRun, training_sample
 from .distributed import on_each_process, on_main_process
 from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
-from .evaluation.cross_phase import CROSS_PHASE_METRICS
-from .evaluation.retrieval import RECALL_AT
-from .evaluation.suite import EvaluationTest, LabelTest, RetrievalTest, phase_number
-from .evaluation_notes import EvaluationNotes
+from .evaluation.suite import EvaluationTest
 from .files import publish_file, publish_folder, read_json, write_json
 from .finite import require_finite_weights
 from .hub import Revision
@@ -45,7 +41,7 @@ from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .pretrained import load_model
-from .provenance import adapter_base, data_source, environment, model_source
+from .provenance import adapter_base, data_source, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .retention_of_run import RetentionTests, retention_budget, stopped_early
@@ -63,22 +59,15 @@ from .run_folder import (
     state_file,
 )
 from .stream_checks import StreamChecks
+from .table_of_run import TableOfRun
 from .teacher_cache import CachedTeacher
+from .tests_of_run import TestsOfRun
 from .tracking import track_as_one_run
 from .trainer import ModXTrainer
 from .training_args import ModXTrainingArguments
-from .training_log import thinned_log
+from .training_log import training_record
 
 logger = logging.getLogger(__name__)
-
-DIRECTIONS = ("image_to_text", "text_to_image")
-METRICS = [
-    *(f"{direction}_recall@{k}" for direction in DIRECTIONS for k in RECALL_AT),
-    *(f"{direction}_{name}" for name in ("mrr", "map") for direction in DIRECTIONS),
-]
-"""Of every retrieval test."""
-RANKS = [f"{direction}_median_rank" for direction in DIRECTIONS]
-"""No fractions: they have no place among the matrices, and forgetting means nothing for them."""
 
 
 class ContinualRun:
@@ -148,23 +137,24 @@ class ContinualRun:
         self.state = PartialState()
         self.hub = RunOnHub(args) if args.push_to_hub else None
         self.model = self.processing_class = self.source = None
-        self._rows: list[dict[str, dict[str, float]]] = []
         if model is not None:
             self._load_start(model, processing_class, revision)
-        stream = self._with_tests(stream, tests or {})
+        self.tests = TestsOfRun(stream, tests or {}, self._columns)
+        self.disorder, self.cross_phase = DisorderOfRun(self._encode), CrossPhaseOfRun(self._encode)
         checks = StreamChecks(args)
-        stream = checks.usable(stream, other_tests=len(self.label_tests))
+        stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
         self.bad_samples = checks.bad_samples
         self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
         self.stream = self.deletions.kept(stream)
-        self.tests = self.stream.tests()
-        learned_at = self._learned_at()
+        self.tests.follow(self.stream)
+        self.table = TableOfRun([phase.name for phase in self.stream], self.tests)
+        learned_at = self.tests.learned_at()
         self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, stream)
         self.identity["deletions"] = len(self.deletions)
-        self.identity["tests"] |= {name: test.fingerprint() for name, test in self.label_tests.items()}
+        self.identity["tests"] |= {name: test.fingerprint() for name, test in self.tests.labels.items()}
         self._base_max_steps = base_max_steps
         if model is None:
             self.identity["base_max_steps"] = base_max_steps
@@ -190,7 +180,7 @@ class ContinualRun:
 
     def _run(self) -> EvaluationMatrix:
         self._start()
-        self._read_results()
+        self.table = TableOfRun(self.table.phases, self.tests, read_json(self.folder / RESULTS))
         self._push()
         for number in range(len(self.stream) + 1):
             self.stop.raise_if_asked()
@@ -211,7 +201,7 @@ class ContinualRun:
 
     def _is_finished(self, number: int) -> bool:
         """The phase lies on the disk, or has lain there: its row is in the results."""
-        return self.phase_folder(number).exists() or bool(number < len(self._rows) and self._rows[number])
+        return self.phase_folder(number).exists() or self.table.has(number)
 
     def phase_folder(self, number: int) -> Path:
         """Where the model after phase `number` lies; 0 is the model before the first phase."""
@@ -225,43 +215,14 @@ class ContinualRun:
     @property
     def metrics(self) -> list[str]:
         """The metrics of the run's tests, each of which makes a matrix."""
-        of_labels = dict.fromkeys(metric for test in self.label_tests.values() for metric in test.metrics)
-        across = any(name in cell for row in self._rows for cell in row.values() for name in CROSS_PHASE_METRICS)
-        across = CROSS_PHASE_METRICS if across else ()
-        return [*(METRICS if self.tests or not of_labels else []), *of_labels, *across]
+        return self.table.metrics
 
     def matrix(self, metric: str | None = None, number: int | None = None) -> EvaluationMatrix:
         """The matrix of one metric (default: the first of `metrics`) as far as it is measured, or as it is after phase
         `number`; NaN for tests that have no such metric."""
-        metric = metric if metric is not None else self.metrics[0]
-        rows = self._rows if number is None else self._rows[: number + 1]
-        return EvaluationMatrix(
-            [phase.name for phase in self.stream][: len(rows) - 1],
-            self._test_names,
-            [[row.get(test, {}).get(metric) for test in self._test_names] for row in rows],
-            [None if isinstance(k, int) and k >= len(rows) else k for k in self._learned_at().values()],
-        )
-
-    @property
-    def _test_names(self) -> list[str]:
-        return [*self.tests, *self.label_tests]
+        return self.table.matrix(metric if metric is not None else self.metrics[0], number)
 
     # ---- Before training ----
-
-    def _with_tests(self, stream: PhaseStream, tests: Mapping[str, EvaluationTest]) -> PhaseStream:
-        """The stream with the further retrieval tests; those of labels are kept beside it."""
-        repeated = sorted(set(tests) & set(stream.tests()))
-        if repeated:
-            raise ValueError(f"The stream has tests of the names {', '.join(repeated)} already. Choose other names.")
-        phases = [phase.name for phase in stream]
-        base = stream.base.name if stream.base is not None else None
-        self._taught = {name: phase_number(test.learned_at, phases, base) for name, test in tests.items()}
-        self.disorder, self.cross_phase = DisorderOfRun(self._encode), CrossPhaseOfRun(self._encode)
-        self.label_tests = {name: test for name, test in tests.items() if isinstance(test, LabelTest)}
-        retrieval = {
-            name: test.with_columns(*self._columns) for name, test in tests.items() if isinstance(test, RetrievalTest)
-        }
-        return replace(stream, extra_tests={**stream.extra_tests, **retrieval}) if retrieval else stream
 
     def _load_start(self, model: nn.Module | str | Path, processing_class: Any, revision: str | None) -> None:
         self.source = {"name": "a model in memory"}
@@ -342,7 +303,7 @@ class ContinualRun:
 
         with self.args.main_process_first(local=True):
             self.stream = self.stream.map_parts(resized)
-        self.tests = self.stream.tests()
+        self.tests.follow(self.stream)
 
     def _own_ids(self) -> dict[str, str]:
         """Which run this is, and which of its copies: a run that goes on elsewhere keeps its `run_id`."""
@@ -377,7 +338,7 @@ class ContinualRun:
             trainer.add_callback(callback)
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         self._restore_state(trainer, starts_from)
-        self.retention.watch(number, self._test_tables())
+        self.retention.watch(number, self.tests.tables())
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
@@ -387,7 +348,7 @@ class ContinualRun:
         else:
             trainer.train(resume_from_checkpoint=checkpoint)
         logit_scale.append(logit_scale_of(trainer.model))
-        record = _training_record(trainer) | {"starts_from": starts_from, "logit_scale": logit_scale}
+        record = training_record(trainer) | {"starts_from": starts_from, "logit_scale": logit_scale}
         if state is not None:
             record["resumed_at_step"] = state.global_step
         self._save_state(number, trainer)
@@ -488,7 +449,7 @@ class ContinualRun:
             model=model,
             args=args,
             train_dataset=train_dataset,
-            eval_dataset={name: dataset for name, (dataset, _) in self.tests.items()},  # for eval_strategy
+            eval_dataset={name: dataset for name, (dataset, _) in self.tests.pairs.items()},  # for eval_strategy
             processing_class=self.processing_class,
             callbacks=list(self.callbacks),
             loss_callbacks=self.loss_callbacks,
@@ -496,7 +457,7 @@ class ContinualRun:
         steps = [self.steps(k) for k in range(1, number + 1)]
         name = f"phase-{number}-{self.stream.phases[number - 1].name if number else 'start'}"
         track_as_one_run(
-            trainer, self.folder, name, self._test_names, steps_before=sum(steps[:-1]), steps=sum(steps[-1:])
+            trainer, self.folder, name, self.tests.names, steps_before=sum(steps[:-1]), steps=sum(steps[-1:])
         )
         return trainer
 
@@ -556,15 +517,10 @@ class ContinualRun:
     def _evaluate_phase(self, number: int, trainer: ModXTrainer | None) -> bool:
         """Fill the row of a phase: all of it after its training, later only what a longer stream adds. Whether it is a
         new row."""
-        is_new, began = number == len(self._rows), perf_counter()
+        is_new, began = number == len(self.table.rows), perf_counter()
         if is_new:
-            self._rows.append({})
-        row = self._rows[number]
-        missing = {
-            name: test
-            for name, (test, metrics) in self._measurements().items()
-            if any(metric not in row.get(name, {}) for metric in metrics)
-        }
+            self.table.rows.append({})
+        row, missing = self.table.rows[number], self.table.missing(number)
         if missing and trainer is None and not self.phase_folder(number).exists():
             logger.warning("%s is gone: its row cannot be completed.", self.phase_folder(number))
             return is_new
@@ -572,17 +528,20 @@ class ContinualRun:
             trainer = self._trainer(number, self._load_phase(number), None)
         if trainer is not None:
             trainer.on_encoded = partial(self._keep, number)
-            trainer.on_classes = partial(self.notes.keep_classes, number)
-        for name, test in missing.items():
+            trainer.on_classes = partial(self.table.notes.keep_classes, number)
+        for name in missing:
+            test, metrics = self.tests.measurements()[name]
             values = trainer.evaluate(test, metric_key_prefix=name)
-            row[name] = {metric: values[f"{name}_{metric}"] for metric in self._measurements()[name][1]}
+            row[name] = {metric: values[f"{name}_{metric}"] for metric in metrics}
         self._live = {number: trainer} if trainer is not None else {}
         if is_new and self.args.spatial_disorder:
             self._measure_disorder(number)
-        asked = self.args.cross_phase and self.cross_phase.complete(number, row, self._learned_at(self.tests))
+        asked = self.args.cross_phase and self.cross_phase.complete(
+            number, row, self.tests.learned_at(self.tests.pairs)
+        )
         self._live = {}
         if missing or is_new or asked:
-            self.notes.add_seconds(number, perf_counter() - began)
+            self.table.notes.add_seconds(number, perf_counter() - began)
             on_main_process(lambda: self._write_results(number))
         return is_new
 
@@ -595,49 +554,23 @@ class ContinualRun:
         first = 0 if self.stream.base is not None else 1
         sampled = range(first, len(self.stream) + 1) if self.args.imav_samples else ()
         try:
-            self._disorder[number] = self.disorder.measure(number, self.tests, sampled)
+            self.table.disorder[number] = self.disorder.measure(number, self.tests.pairs, sampled)
         except FileNotFoundError as error:
             logger.warning("No spatial disorder of phase %d. %s", number, error)
 
     def _encode(self, number: int, what: str | int) -> EncodedPairs:
         """What the model after a phase says to a test, or to training pairs of a phase."""
         if isinstance(what, str):
-            dataset, _ = self.tests[what]
+            dataset, _ = self.tests.pairs[what]
         else:
             part = self.stream.base if what == 0 else self.stream.phases[what - 1]
             dataset = training_sample(part.train, self.args.imav_samples)
         trainer = self._live.get(number) or self._trainer(number, self._load_phase(number), None)
         return trainer.encode(dataset)
 
-    def _read_results(self) -> None:
-        results = read_json(self.folder / RESULTS)
-        self._rows = []
-        self._disorder: dict[int, dict[str, Any] | None] = {}
-        self.notes = EvaluationNotes(results)
-        if results is None:
-            return
-        self._disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
-        matrices = {**results["matrix"], **results.get("ranks", {})}
-        for number in range(len(next(iter(matrices.values())))):
-            row: dict[str, dict[str, float]] = {}
-            for column, test in enumerate(results["tests"]):
-                cell = {metric: matrix[number][column] for metric, matrix in matrices.items()}
-                if test in self._test_names:
-                    row[test] = {metric: value for metric, value in cell.items() if value is not None}
-            self._rows.append({test: cell for test, cell in row.items() if cell})
-
-    def _measurements(self) -> dict[str, tuple[Dataset | LabelTest, Sequence[str]]]:
-        """What `evaluate` takes of each test, and the metrics it gives."""
-        of_pairs = {name: (dataset, [*METRICS, *RANKS]) for name, (dataset, _) in self.tests.items()}
-        return {**of_pairs, **{name: (test, test.metrics) for name, test in self.label_tests.items()}}
-
-    def _test_tables(self) -> dict[str, Dataset]:
-        of_pairs = {name: dataset for name, (dataset, _) in self.tests.items()}
-        return {**of_pairs, **{name: test.dataset for name, test in self.label_tests.items()}}
-
     def _write_results(self, number: int) -> None:
         """The card of a phase, and then the results, which make it a finished one."""
-        results = self._results(len(self._rows) - 1)
+        results = self._results(len(self.table.rows) - 1)
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}
         config = phase_config(self.folder, number)
         write_phase_card(self.phase_folder(number), self.identity, results, number, config=config, **published)
@@ -645,58 +578,39 @@ class ContinualRun:
 
     def _results(self, number: int) -> dict[str, Any]:
         """The results as they are after a phase."""
-        matrices = {metric: self.matrix(metric, number) for metric in self.metrics}
-        first = matrices[self.metrics[0]]
         return {
             "recipe": self.recipe_name,
-            "phases": first.phases,
-            "tests": self._test_names,
-            "learned_at": first.learned_at,
-            "matrix": {metric: matrix.to_lists() for metric, matrix in matrices.items()},
-            "ranks": {metric: self.matrix(metric, number).to_lists() for metric in RANKS if self.tests},
-            "summary": {metric: matrix.summary() for metric, matrix in matrices.items()},
+            **self.table.results(number),
             "training": [read_json(self.phase_folder(k) / "training.json") for k in range(1, number + 1)],
-            "test_pairs": {name: len(table) for name, table in self._test_tables().items()},
             "model": self.source,
             "sources": {phase.name: data_source(phase.train) for phase in self.stream.all_phases()},
-            "test_sources": {name: data_source(table) for name, table in self._test_tables().items()},
+            "test_sources": {name: data_source(table) for name, table in self.tests.tables().items()},
             "bad_samples": {
                 name: {"count": len(bad), "first": [str(sample) for sample in bad[:10]]}
                 for name, bad in self.bad_samples.items()
                 if bad
             },
             **self.deletions.results(number),
-            **self.notes.results(number, self.label_tests),
-            **self._disorder_results(number),
             **history_in_words(self._ids.get("history", []), self.identity, number),
         }
-
-    def _disorder_results(self, number: int) -> dict[str, Any]:
-        phases = [self._disorder.get(k) for k in range(number + 1)]
-        return {"spatial_disorder": disorder_results(phases)} if any(phases) else {}
-
-    def _learned_at(self, tests: Iterable[str] | None = None) -> dict[str, int | str | None]:
-        """The phase that teaches each of these tests, of all by default."""
-        of_stream = {name: learned_at for name, (_, learned_at) in self.tests.items()}
-        return {name: {**of_stream, **self._taught}[name] for name in tests or self._test_names}
 
     # ---- The Hub ----
 
     def _push(self) -> None:
         """Publish the finished phases that are not published."""
-        if self.hub is not None and self._rows:
+        if self.hub is not None and self.table.rows:
             self.hub.publish(self._revisions)
 
     def _datasets_on_hub(self) -> list[str]:
         """Ids of the data sets that the stream was loaded from."""
-        parts = [*(phase.train for phase in self.stream.all_phases()), *self._test_tables().values()]
+        parts = [*(phase.train for phase in self.stream.all_phases()), *self.tests.tables().values()]
         found = {data_source(part).get("dataset_id") for part in parts}
         return sorted(found - {None})
 
     def _revisions(self) -> list[Revision]:
         """All finished phases as they are to be published, each with the results as they were after it."""
         revisions = []
-        for number in range(len(self._rows)):
+        for number in range(len(self.table.rows)):
             title, parent = "Before the first phase", None
             if number:
                 title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
@@ -712,25 +626,3 @@ def _phase_seed(args: ModXTrainingArguments, number: int) -> int:
 
 def _state_of(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-
-
-def _training_record(trainer: ModXTrainer) -> dict[str, Any]:
-    """What the log of a phase says in short: how many rows the old model had right, the time, and the curves."""
-    history = trainer.state.log_history
-    record: dict[str, Any] = {"steps": trainer.state.global_step, "pairs": len(trainer.train_dataset)}
-    if trainer.memory is not None:
-        record["memory_pairs"] = len(trainer.memory)
-    for name in ("image_rows_kept", "text_rows_kept"):
-        values = [entry[name] for entry in history if name in entry]
-        if values:
-            record[name] = {"first": values[0], "mean": sum(values) / len(values), "last": values[-1]}
-    record["environment"] = environment(trainer.args.device, trainer.args.world_size)
-    for name in ("train_runtime", "train_samples_per_second"):
-        record[name] = next((entry[name] for entry in reversed(history) if name in entry), None)
-    joules = [entry["train_energy_joules"] for entry in history if "train_energy_joules" in entry]
-    if joules:
-        record["train_energy_joules"] = joules[-1]
-    record["log"] = thinned_log(history)
-    for callback in trainer.loss_callbacks:
-        record |= callback.results()
-    return record

@@ -1,13 +1,40 @@
-"""The curves of a phase, short enough to be kept with its results."""
+"""What the log of a phase says, short enough to be kept with its results."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .provenance import environment
+
+if TYPE_CHECKING:
+    from .trainer import ModXTrainer
 
 POINTS = 50
 """A curve has at most so many points."""
 
 NOT_A_CURVE = ("step", "epoch", "learning_rate", "data_wait")
+
+
+def training_record(trainer: "ModXTrainer") -> dict[str, Any]:
+    """What the log of a phase says in short: how many rows the old model had right, the time, and the curves."""
+    history = trainer.state.log_history
+    record: dict[str, Any] = {"steps": trainer.state.global_step, "pairs": len(trainer.train_dataset)}
+    if trainer.memory is not None:
+        record["memory_pairs"] = len(trainer.memory)
+    for name in ("image_rows_kept", "text_rows_kept"):
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            record[name] = {"first": values[0], "mean": sum(values) / len(values), "last": values[-1]}
+    record["environment"] = environment(trainer.args.device, trainer.args.world_size)
+    for name in ("train_runtime", "train_samples_per_second"):
+        record[name] = next((entry[name] for entry in reversed(history) if name in entry), None)
+    joules = [entry["train_energy_joules"] for entry in history if "train_energy_joules" in entry]
+    if joules:
+        record["train_energy_joules"] = joules[-1]
+    record["log"] = thinned_log(history)
+    for callback in trainer.loss_callbacks:
+        record |= callback.results()
+    return record
 
 
 def thinned_log(history: Sequence[Mapping[str, Any]], points: int = POINTS) -> dict[str, list[float | None]]:

@@ -1,4 +1,4 @@
-"""Each command that README.md, the recipe book and CONTRIBUTING.md tell their reader has arguments that exist."""
+"""Each command that the pages tell their reader has arguments that exist, and each link leads somewhere."""
 
 import re
 import shlex
@@ -23,6 +23,7 @@ import continual_clip  # noqa: E402
 from tiny import tiny_pairs  # noqa: E402
 
 PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/KEEPING.md"]
+LINKED = ["README.md", "CONTRIBUTING.md", *(f"{folder}/**/*.md" for folder in ("examples", "model_cards", "tests"))]
 OF_OTHERS = {"git", "pip", "hf", "pytest", "ruff", "pre-commit", "pdoc", "python3"}
 """Programs that are not ours."""
 
@@ -102,3 +103,36 @@ def test_every_command_that_is_written_down_has_arguments_that_exist(page):
 def test_wrong_argument_is_found():
     with pytest.raises(SystemExit):
         check("accelerate launch examples/continual_clip.py --learning_rates 1e-4")
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as its links name them."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", prose, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Links to files of the repository that are not there, and to headings that their page does not have."""
+    prose = re.sub(r"^```.*?^```|`[^`]*`", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose):
+        if re.match(r"\w+:", link):
+            continue
+        place, _, anchor = link.partition("#")
+        target = page.parent / place if place else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def test_links_lead_to_files_and_headings_that_exist():
+    pages = [page for pattern in LINKED for page in ROOT.glob(pattern)]
+    assert len(pages) > 10
+    assert {str(page): found for page in pages if (found := broken_links(page))} == {}
+
+
+def test_broken_link_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One, two\n\n[a](#one-two) [b](#three) [c](page.md#one-two) [d](other.md) [e](https://a.b)\n")
+    assert broken_links(page) == ["#three", "other.md"]

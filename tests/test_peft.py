@@ -207,7 +207,7 @@ def test_evaluation_is_of_the_model_that_lies_on_the_disk(finished, processor, m
     continual = finished(merge=True)
     learned = CLIPModel.from_pretrained(continual.phase_folder(2))
     trainer = ModXTrainer(learned, make_args(), processing_class=processor)
-    for column, (test, _) in enumerate(continual.tests.values()):
+    for column, (test, _) in enumerate(continual.tests.pairs.values()):
         measured = trainer.evaluate(test, metric_key_prefix="t")["t_image_to_text_mrr"]
         assert continual.matrix("image_to_text_mrr").values[2][column] == measured
 
