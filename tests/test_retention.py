@@ -16,7 +16,7 @@ from hf_modx.card_keeping import kept_rows_notes, retention_notes
 from hf_modx.evaluation import RetrievalTest
 from hf_modx.phase_line import PhaseLine, require_line, snapshot
 from hf_modx.retention_of_run import load_retention_tests
-from hf_modx.trained_weights import trained_weights
+from hf_modx.trained_weights import adapters_merged, trained_weights
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -251,6 +251,18 @@ def test_line_is_that_of_what_an_adapter_does(processor, tmp_path):
         line.go_to(weight)
         for name, found in trained_weights(model).items():
             torch.testing.assert_close(found, torch.lerp(start[name], end[name], weight), atol=1e-6, rtol=0)
+
+
+def test_adapter_is_merged_for_a_look_and_as_it_was_after_it(processor, tmp_path):
+    model, _ = adapted(processor, tmp_path)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    effect = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
+    with adapters_merged(model):
+        merged = {name: weight.clone() for name, weight in trained_weights(model).items()}
+        factors = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+        assert factors and not any(factor.any() for factor in factors)
+    assert all(torch.equal(effect[name], weight) for name, weight in merged.items())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_going_back_takes_the_base_along(processor, tmp_path):

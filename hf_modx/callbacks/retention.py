@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..distributed import on_main_process
 from ..phase_line import PhaseLine, require_line, snapshot
+from ..trained_weights import adapters_merged
 from .base import LossCallback, PhaseBoundary
 
 logger = logging.getLogger(__name__)
@@ -234,7 +235,7 @@ class RetentionBudget(LossCallback):
         if not self.tests:
             return torch.zeros(0, dtype=torch.float64)
         self._evaluations += 1
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), adapters_merged(self._phase.model):
             found = [self._score(name, self._phase.measure(test)) for name, test in self.tests.items()]
         # One process's numbers for all: where one stops and another trains on they wait for each other for ever.
         return torch.tensor(on_main_process(lambda: found), dtype=torch.float64)
