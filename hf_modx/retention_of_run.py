@@ -97,12 +97,15 @@ def load_retention_tests(args: ModXTrainingArguments, known: Sequence[str]) -> d
     the arguments, on the split "test" or the only one. The argument then names these tests.
 
     Raises:
-        ValueError: it names neither a test nor a data set with these columns.
+        ValueError: it names neither a test nor a data set with these columns, or the last part of its name is that of
+            another test.
     """
     found: dict[str, EvaluationTest] = {}
     names = []
     for asked in names_of(args.retention_dataset or ""):
         name = asked if asked in known else Path(asked).name
+        if name in names or (name in known and name != asked):
+            raise ValueError(f"retention_dataset: {asked!r} would be the test {name!r}, which is another. Rename it.")
         names.append(name)
         if name not in known:
             found[name] = _load(asked, args, known)

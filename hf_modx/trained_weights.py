@@ -39,6 +39,24 @@ def set_trained_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None
 
 
 @contextmanager
+def adapters_merged(model: nn.Module) -> Iterator[None]:
+    """A context in which the model computes as it will once its adapter is merged: in half precision `W + s B A` is
+    rounded as one. Afterwards it is what it was, to the last bit."""
+    layers = adapted_layers(model)
+    before = {
+        parameter: parameter.detach().clone()
+        for layer in layers.values()
+        for parameter in (layer.base_layer.weight, out_factor(layer))
+    }
+    try:
+        set_trained_weights(model, {name: weight for name, weight in trained_weights(model).items() if name in layers})
+        yield
+    finally:
+        for parameter, weight in before.items():
+            parameter.data.copy_(weight)
+
+
+@contextmanager
 def leaves_of_trained_weights(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     """A context in which a backward pass leaves the gradient of each of the `trained_weights` in a parameter; gives
     these by the same names. The gradient of `W + s B A` is that of W."""

@@ -8,6 +8,8 @@ from torch.nn.functional import normalize
 
 from hf_modx import ModX, PairEmbeddings
 from hf_modx.callbacks import LossContext
+from hf_modx.losses import affinity_distillation
+from hf_modx.losses.affinity import rows_ranked_first
 
 SCALE = torch.tensor(14.0)
 
@@ -51,6 +53,33 @@ def test_rows_kept_in_batches_of_the_reference_are_what_counts():
     assert kept > kept_here > 0
     found, _ = term(ModX(3.0, reference_batch_size=12), student, teacher)
     assert found.item() == pytest.approx((plain * (12 * kept) / (48 * kept_here)).item())
+
+
+def test_replayed_rows_have_their_share_of_a_reference_that_does_not_divide_the_batch():
+    """The last quarter of the batch is what the old model knows: so is a quarter of what a batch of 28 would be."""
+    new, known = embeddings(36, 3.0), embeddings(12, 0.0, seed=3)
+    teacher = PairEmbeddings(torch.cat([new.image, known.image]), torch.cat([new.text, known.text]), SCALE, None)
+    _, metrics = term(ModX(3.0, reference_batch_size=28), embeddings(48, 0.8, seed=1), teacher)
+    chosen = torch.arange(28) * 48 // 28
+    assert (chosen >= 36).sum() == 7
+    cosines = teacher.image[chosen] @ teacher.text[chosen].T
+    kept = sum((cosines.argmax(dim=side) == torch.arange(28)).sum() for side in (0, 1))
+    kept_here = 24 * (metrics["image_rows_kept"] + metrics["text_rows_kept"])
+    assert metrics["modx_alpha"].item() == pytest.approx((3.0 * kept / 2 / kept_here).item())
+
+
+@pytest.mark.parametrize("positives", [True, False])
+@pytest.mark.parametrize("lost", [None, 11])
+def test_rows_ranked_first_are_those_that_the_distillation_keeps(positives, lost):
+    pairs, ids = embeddings(40, 0.8), torch.arange(40) // 2 * torch.arange(40).remainder(3).sign()
+    if lost is not None:
+        pairs.image[lost] = torch.nan  # no text row is right then
+    found = rows_ranked_first(pairs.image, pairs.text, pair_ids=ids, positives=positives, chunk_size=7)
+    sides = (pairs.image, pairs.text)
+    expected = affinity_distillation(*sides, *sides, pair_ids=ids, positives=positives)
+    kept = [expected.image_rows_kept, expected.text_rows_kept]
+    assert [side.double().mean().item() for side in found] == pytest.approx([part.item() for part in kept])
+    assert 0 < kept[0] < 1 and (lost is None) == (kept[1] > 0)
 
 
 def test_nothing_kept_is_no_division_by_zero():

@@ -26,6 +26,15 @@ from tiny import tiny_pairs
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
+def without_images(pairs, every):
+    """Every so many rows have none."""
+    return pairs.map(
+        lambda row, number: row if number % every else {**row, "image": None},
+        with_indices=True,
+        features=pairs.features,
+    )
+
+
 def encoded(rows, noise, seed=0, first_id=0):
     """Images near their captions, more or less."""
     generator = torch.Generator().manual_seed(seed)
@@ -112,6 +121,12 @@ def test_a_few_real_steps_are_timed_and_leave_the_model_alone(model, make_args, 
     assert cost.seconds == pytest.approx(15 * cost.seconds_a_step) and cost.seconds_a_step > 0
     assert cost.peak_bytes > 2**20
     assert all(torch.equal(*both) for both in zip(before, model.parameters(), strict=True))
+
+
+def test_rows_that_cannot_be_used_are_not_timed(model, make_args, processor):
+    bad = without_images(tiny_pairs(20), every=3)
+    cost = measure_cost(model, processor, bad, "modx_plus", make_args(max_steps=-1), old=bad, timed_steps=2)
+    assert cost.seconds > 0
 
 
 # --- advice ----------------------------------------------------------------------------------------------------------
@@ -244,6 +259,7 @@ def test_command_prints_a_table_and_the_advice(saved, capsys):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
+        ("new", ["--sample", "0"], "A sample of 0 rows shows nothing"),
         ("new", ["--phase", "July"], "There is no phase July. The phases are: may, june"),
         ("demo:new", [], "'new'.*class"),
     ],

@@ -16,7 +16,7 @@ from hf_modx.card_keeping import kept_rows_notes, retention_notes
 from hf_modx.evaluation import RetrievalTest
 from hf_modx.phase_line import PhaseLine, require_line, snapshot
 from hf_modx.retention_of_run import load_retention_tests
-from hf_modx.trained_weights import trained_weights
+from hf_modx.trained_weights import adapters_merged, trained_weights
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -175,6 +175,28 @@ def test_looks_change_nothing_in_training(run):
     assert all(torch.equal(tensor, weights(held)[name]) for name, tensor in weights(free).items())
 
 
+class AtTheEnd(TrainerCallback):
+    """The weights of the last step."""
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_looks_leave_the_random_numbers_of_training_alone(known, processor, tmp_path):
+    found = []
+    for every in (2, 10):  # ten: there is no look in between
+        model = tiny_clip(processor)
+        model.load_state_dict(known)
+        for layer in (*model.vision_model.encoder.layers, *model.text_model.encoder.layers):
+            layer.self_attn.dropout = 0.2
+        last = AtTheEnd()
+        trainer, _ = watched(model, processor, tmp_path, every, callbacks=[last])
+        trainer.train()
+        found.append(last.weights)
+    looked, free = found
+    assert all(torch.equal(weight, free[name]) for name, weight in looked.items())
+
+
 @pytest.mark.parametrize(
     ("owner", "policy"),
     [
@@ -229,6 +251,18 @@ def test_line_is_that_of_what_an_adapter_does(processor, tmp_path):
         line.go_to(weight)
         for name, found in trained_weights(model).items():
             torch.testing.assert_close(found, torch.lerp(start[name], end[name], weight), atol=1e-6, rtol=0)
+
+
+def test_adapter_is_merged_for_a_look_and_as_it_was_after_it(processor, tmp_path):
+    model, _ = adapted(processor, tmp_path)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    effect = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
+    with adapters_merged(model):
+        merged = {name: weight.clone() for name, weight in trained_weights(model).items()}
+        factors = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+        assert factors and not any(factor.any() for factor in factors)
+    assert all(torch.equal(effect[name], weight) for name, weight in merged.items())
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_going_back_takes_the_base_along(processor, tmp_path):
@@ -364,6 +398,21 @@ def test_options_of_alpha_that_do_not_go_are_refused(options, said):
         ModX(**options)
 
 
+def test_nan_is_no_score(known, processor, tmp_path):
+    """Of the start nothing can be promised; later all is forgotten, and the price stays a number."""
+    model = tiny_clip(processor)
+    model.load_state_dict(known)
+    scores = [1.0] + 4 * [float("nan")]
+    trainer, budget = watched(model, processor, tmp_path, compute_metrics=lambda _: {METRIC: scores.pop(0)})
+    with pytest.raises(IndexError):  # the first of those after the training
+        trainer.train()
+    assert budget.price == 16 and budget._looks == [(step, 1.0) for step in (2, 4, 6, 8)]
+    scores.append(float("nan"))
+    trainer, _ = watched(model, processor, tmp_path, compute_metrics=lambda _: {METRIC: scores.pop(0)})
+    with pytest.raises(ValueError, match="of the phase has NaN"):
+        trainer.train()
+
+
 # ---- Which tests ----
 
 
@@ -382,6 +431,9 @@ def test_bad_settings_are_told_before_training(run, tmp_path):
     for changes in ({"max_forgetting": 1.0}, {"on_forgetting": "cry"}, {"retention_steps": 1.5}):
         with pytest.raises(ValueError):
             run(**changes)
+    for metric in ("loss", "image_to_text_median_rank"):
+        with pytest.raises(ValueError, match=f"Of {metric} less is better"):
+            run(retention_metric=metric)
 
 
 def test_budget_without_anything_old_is_refused(known, processor, tmp_path):
@@ -397,22 +449,33 @@ def test_data_set_becomes_a_test(tmp_path):
     assert load_retention_tests(_args(tmp_path / "out", retention_dataset="right"), ["right"]) == {}
     with pytest.raises(ValueError, match="is no test of the run"):
         load_retention_tests(_args(tmp_path / "out", retention_dataset=f"{tmp_path}/nothing"), ["right"])
+    for named in ("{0}/right", "{0}/old.parquet, {0}/again/old.parquet"):
+        twice = _args(tmp_path / "out", retention_dataset=named.format(tmp_path))
+        with pytest.raises(ValueError, match="which is another"):
+            load_retention_tests(twice, ["right"])
     found = load_retention_tests(args, ["right"])
     assert list(found) == ["old.parquet"] and isinstance(found["old.parquet"], RetrievalTest)
     assert args.retention_dataset == "old.parquet,right"
 
 
-def test_trainer_alone_takes_a_budget(known, processor, tmp_path):
-    model = tiny_clip(processor)
-    model.load_state_dict(known)
-    budget = RetentionBudget(BUDGET, metric=METRIC, tests={"right": tiny_pairs(24, style="other")})
+def watched(model, processor, folder, every=2, **options):
+    """A Trainer without a run, and its budget."""
+    budget = RetentionBudget(BUDGET, every=every, metric=METRIC, tests={"right": tiny_pairs(24, style="other")})
     trainer = ModXTrainer(
         model,
-        _args(tmp_path, max_forgetting=None),
+        _args(folder, max_forgetting=None),
         train_dataset=unlearning_stream().phases[0].train,
         processing_class=processor,
         loss_callbacks=[Contrastive(), budget],
+        **options,
     )
+    return trainer, budget
+
+
+def test_trainer_alone_takes_a_budget(known, processor, tmp_path):
+    model = tiny_clip(processor)
+    model.load_state_dict(known)
+    trainer, budget = watched(model, processor, tmp_path)
     trainer.train()
     found = budget.results()["retention"]
     assert found["action"] == "interpolated"

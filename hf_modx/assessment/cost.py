@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
+from ..bad_samples import drop_bad_samples, find_bad_samples
 from ..callbacks import replay_of
 from ..load_data import at_most
 from ..recipes import Part, build_recipe
@@ -77,7 +78,7 @@ def measure_cost(
         trainer = ModXTrainer(
             model=copy.deepcopy(model).to(args.device),
             args=_short(args, timed_steps + 1, folder),
-            train_dataset=train,
+            train_dataset=_usable(train, (timed_steps + 1) * args.contrastive_batch_size, args),
             processing_class=processing_class,
             callbacks=[watch],
             loss_callbacks=callbacks,
@@ -85,12 +86,19 @@ def measure_cost(
         if old is not None and (replay := replay_of(callbacks)) is not None:
             size = replay.memory_size
             pairs = size if isinstance(size, int) else max(1, round(size * len(old)))
-            trainer.use_memory(at_most(old, pairs, seed=0))
+            trainer.use_memory(_usable(old, pairs, args))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     steps = args.phase_steps(len(train))
     seconds = statistics.median(watch.seconds)
     return Cost(steps, seconds, steps * seconds, _peak_bytes(args.device))
+
+
+def _usable(table: Dataset, rows: int, args: ModXTrainingArguments) -> Dataset:
+    """At most so many rows at random, without those that cannot be used."""
+    sample = at_most(table, rows, seed=0)
+    bad = find_bad_samples(sample, args.image_column, args.caption_column, "the timed steps")
+    return drop_bad_samples(sample, bad, "skip", "the timed steps")
 
 
 def _short(args: ModXTrainingArguments, steps: int, folder: str) -> ModXTrainingArguments:

@@ -119,8 +119,11 @@ def assess(
         seed: of samples and batches.
 
     Raises:
-        TypeError, ValueError: columns that are missing or of another type, a batch below 2, or no row to be used.
+        TypeError, ValueError: columns that are missing or of another type, a batch or a sample below 2, or no row that
+            can be used.
     """
+    if sample < 2:
+        raise ValueError(f"A sample of {sample} rows shows nothing: look at 2 at least.")
     if batch_size < 2:
         raise ValueError(f"A contrastive batch of {batch_size} has no negatives: plan 2 at least.")
     parts = _Parts(encoder, columns, sample, seed)

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..embeddings import PairEmbeddings
 from ..losses import AffinityDistillation, ModXLoss, affinity_distillation, modx_loss
+from ..losses.affinity import repeated, rows_ranked_first
+from ..losses.contrastive import full_precision, upcast
 from .base import LossCallback, LossContext, PhaseBoundary
 from .contrastive import contrastive_loss
 from .retention import RetentionBudget
@@ -134,14 +136,20 @@ class ModX(LossCallback):
         if not self.screen or size >= pairs:
             return reference
         parts = pairs // size
+        pair_ids = repeated(context.pair_ids)
+        # Every part has rows from all over the batch: the replayed ones, or those of a process, stand together.
+        order = torch.arange(parts * size, device=teacher.image.device) * pairs // (parts * size)
         kept = 0
-        for part in range(parts):
-            rows = slice(part, parts * size, parts)  # each with its share of replayed rows, which stand together
-            old = (teacher.image[rows], teacher.text[rows])
-            alone = affinity_distillation(
-                *old, *old, pair_ids=context.pair_ids[rows], positives=context.positives, chunk_size=self.chunk_size
-            )
-            kept = kept + (alone.image_rows_kept + alone.text_rows_kept) / parts
+        with full_precision(teacher.image):
+            for rows in order.view(size, parts).unbind(dim=1):
+                first = rows_ranked_first(
+                    upcast(teacher.image[rows]),
+                    upcast(teacher.text[rows]),
+                    pair_ids=None if pair_ids is None else pair_ids[rows],
+                    positives=context.positives,
+                    chunk_size=self.chunk_size,
+                )
+                kept = kept + torch.stack(first).sum() / (parts * size)
         kept_here = found.image_rows_kept + found.text_rows_kept
         return reference * (kept / kept_here).where(kept_here > 0, 0)
 

@@ -9,7 +9,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ..distributed import on_main_process
 from ..phase_line import PhaseLine, require_line, snapshot
+from ..trained_weights import adapters_merged
 from .base import LossCallback, PhaseBoundary
 
 logger = logging.getLogger(__name__)
@@ -19,6 +21,7 @@ RETRIEVAL_METRIC = "image_to_text_recall@1"
 HALVINGS = 6
 """Evaluations of `interpolate`: it finds the edge to 1/64 of the way."""
 ROUNDING = 1e-9
+LOWER_IS_BETTER = ("loss", "rank")  # how the names of such metrics end
 PRICES = (0.01, 100.0)
 SMALLEST_BUDGET = 0.01
 GOOD, STOPPED = "good.", "stopped_at"  # in the state
@@ -53,14 +56,15 @@ class RetentionBudget(LossCallback):
         max_forgetting: the budget, in [0, 1).
         on_forgetting: "stop", "restore" or "interpolate".
         every: optimizer steps between two looks; below 1 a share of the steps of the phase.
-        metric: of all tests, as `ModXTrainer.measure` names it. None: image-to-text recall@1, and the first metric of
-            a `LabelTest`.
+        metric: of all tests, as `ModXTrainer.measure` names it, one of which more is better. None: image-to-text
+            recall@1, and the first metric of a `LabelTest`.
         tests: by name, tables in the columns of the training set or `LabelTest`s. `ContinualRun` sets them for each
             phase; without any, nothing is promised.
 
     Raises:
-        ValueError: a value out of its range; when the phase starts, a metric that a test does not have, an adapter
-            that cannot be taken back (see `require_line`), or a training that keeps other weights than its last.
+        ValueError: a value out of its range, or a loss or a rank as the metric; when the phase starts, a metric that a
+            test does not have or that is NaN, an adapter that cannot be taken back (see `require_line`), or a training
+            that keeps other weights than its last.
     """
 
     needs_phase_start = True
@@ -80,6 +84,8 @@ class RetentionBudget(LossCallback):
             raise ValueError(f"on_forgetting must be one of {', '.join(POLICIES)}, got {on_forgetting!r}.")
         if not every > 0 or (every >= 1 and every != int(every)):
             raise ValueError(f"A look is every so many steps, or a share of the phase's below 1, got {every}.")
+        if metric is not None and metric.endswith(LOWER_IS_BETTER):
+            raise ValueError(f"Of {metric} less is better: take a metric that falls with forgetting, as recall does.")
         self.max_forgetting = max_forgetting
         self.on_forgetting = on_forgetting
         self.every = every
@@ -120,6 +126,10 @@ class RetentionBudget(LossCallback):
         self._forget()
         self._phase, self._record = phase, {}
         self._start = self._good_scores = self._scores()
+        if not self._start.isfinite().all():
+            raise ValueError(
+                f"No share of {self._by_test(self._start)} can be promised: the start of the phase has NaN."
+            )
         if len(self._start) and not self._start.mean() > 0:
             logger.warning(
                 "The model that the phase starts from scores zero on %s: it has nothing to forget.",
@@ -225,9 +235,10 @@ class RetentionBudget(LossCallback):
         if not self.tests:
             return torch.zeros(0, dtype=torch.float64)
         self._evaluations += 1
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), adapters_merged(self._phase.model):
             found = [self._score(name, self._phase.measure(test)) for name, test in self.tests.items()]
-        return torch.tensor(found, dtype=torch.float64)
+        # One process's numbers for all: where one stops and another trains on they wait for each other for ever.
+        return torch.tensor(on_main_process(lambda: found), dtype=torch.float64)
 
     def _metric_of(self, name: str) -> str:
         return self.metric or getattr(self.tests[name], "metrics", (RETRIEVAL_METRIC,))[0]
@@ -240,7 +251,8 @@ class RetentionBudget(LossCallback):
 
     def _forgetting(self, scores: Tensor) -> float:
         before = self._start.mean().item()
-        return 1 - scores.mean().item() / before if before > 0 else 0.0
+        # NaN: nothing is left.
+        return 1 - scores.nan_to_num(nan=0.0).mean().item() / before if before > 0 else 0.0
 
     def _is_within(self, forgetting: float) -> bool:
         return forgetting <= self.max_forgetting + ROUNDING

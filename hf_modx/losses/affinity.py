@@ -100,6 +100,29 @@ def affinity_losses(
     return AffinityLosses(*_AffinityLosses.apply(images, texts, scale, old_images, old_texts, settings))
 
 
+def rows_ranked_first(
+    images: Tensor,
+    texts: Tensor,
+    *,
+    pair_ids: Tensor | None = None,
+    positives: bool = False,
+    chunk_size: int | None = None,
+) -> list[Tensor]:
+    """(N,) bool of images and of texts: the rows that `affinity_losses` screens as right, in one matrix product. A row
+    with a cosine that is NaN is not.
+
+    Args:
+        images, texts: (N, D), unit-norm, fp32 or fp64; no gradient is computed.
+        pair_ids, positives, chunk_size: as there.
+    """
+    settings = _Settings(1.0, True, None, repeated(pair_ids), positives, block_rows(texts, chunk_size), None)
+    screen = _Screen(images)
+    for place, block, _, right in _Blocks(images, texts, None, None, settings):
+        screen.add_own(place, block, right)
+        screen.add_highest(place, block)
+    return screen.own_is_highest()
+
+
 @dataclass(frozen=True)
 class _Settings:
     distill_scale: float
@@ -228,7 +251,37 @@ class _Blocks:
         return block if barred is None else block.masked_fill_(barred, NOT_A_CANDIDATE)
 
 
-class _Softmax:
+class _Screen:
+    """Of every row and every column how similar the most similar candidate is, and the most similar positive.
+
+    Attributes:
+        own: (2, N) the largest cosine of every row and of every column with its positives, as `add_own` was told.
+        highest: (2, N) the largest cosine of every row and of every column, as `add_highest` was told.
+    """
+
+    def __init__(self, images: Tensor):
+        self.own, self.highest = images.new_full((2, 2, len(images)), -torch.inf).unbind()
+
+    def add_highest(self, place: slice, block: Tensor) -> None:
+        """Take in the candidates of a block of rows."""
+        self.highest[0, place] = block.amax(dim=1)
+        torch.maximum(self.highest[1], block[:, : len(self.own[1])].amax(dim=0), out=self.highest[1])
+
+    def add_own(self, place: slice, block: Tensor, positives: Tensor | None) -> None:
+        """Take in how similar a block's rows and columns are to the most similar of their positives."""
+        if positives is None:
+            self.own[:, place] = block.diagonal(offset=place.start)
+            return
+        similar = torch.where(positives, block[:, : len(positives[0])], NOT_A_CANDIDATE)
+        self.own[0, place] = similar.amax(dim=1)
+        torch.maximum(self.own[1], similar.amax(dim=0), out=self.own[1])
+
+    def own_is_highest(self) -> list[Tensor]:
+        """(N,) for rows and for columns: no candidate is strictly more similar than a positive, up to rounding."""
+        return list(self.highest <= self.own + ROUNDING * torch.finfo(self.own.dtype).eps)
+
+
+class _Softmax(_Screen):
     """The softmax of `factor * cosines` over every row and over every column, while the blocks of rows go by: of each
     the shift and the sum of its powers, `sum_j exp(factor * cosine_j - shift)`.
 
@@ -236,20 +289,18 @@ class _Softmax:
     rows and columns share their powers.
 
     Attributes:
-        own: (2, N) the largest cosine of every row and of every column with its positives, as `add_own` was told.
-        targets: (2, N) their mean cosine, as `add_targets` was told.
+        targets: (2, N) the mean cosine of every row and of every column with its positives, as `add_targets` was told.
         positives: (N,) their number.
-        highest: (2, N) the largest cosine of every row and of every column.
         shifts, sums: (2, N) for rows and for columns. A process has its shard of the rows, and at the end all columns.
         differences: (2, N) expectations of the difference that the blocks came with.
     """
 
     def __init__(self, images: Tensor, texts: Tensor, factor: float):
+        super().__init__(images)
         self.factor = factor
         largest = images.norm(dim=1).max() * texts.norm(dim=1).max()
         self.shares_powers = bool(factor * largest <= LARGEST_EXPONENT)
         size = (2, len(images))
-        self.own, self.highest = images.new_full((2, *size), -torch.inf).unbind()
         self.targets, self.positives = images.new_zeros(size), images.new_zeros(size[1:])
         self.shifts, self.sums, self.differences = images.new_zeros((3, *size)).unbind()
         if not self.shares_powers:
@@ -259,8 +310,7 @@ class _Softmax:
         """Take in a block of rows; the difference, of the block's shape, is weighted by the probabilities."""
         number = len(self.positives)  # further candidates have no text-to-image row, so no column here
         pairs = block[:, :number]
-        self.highest[0, place] = block.amax(dim=1)
-        torch.maximum(self.highest[1], pairs.amax(dim=0), out=self.highest[1])
+        self.add_highest(place, block)
         if not self.shares_powers:
             self.shifts[0, place] = self.factor * self.highest[0, place]
         powers = self._powers(block, self.shifts[0, place, None], spare)
@@ -274,15 +324,6 @@ class _Softmax:
                 self.differences[1] += powers[:, :number].sum(dim=0)
         if not self.shares_powers:
             self._add_columns(pairs, spare, None if difference is None else difference[:, :number])
-
-    def add_own(self, place: slice, block: Tensor, positives: Tensor | None) -> None:
-        """Take in how similar a block's rows and columns are to the most similar of their positives."""
-        if positives is None:
-            self.own[:, place] = block.diagonal(offset=place.start)
-            return
-        similar = torch.where(positives, block[:, : len(positives[0])], NOT_A_CANDIDATE)
-        self.own[0, place] = similar.amax(dim=1)
-        torch.maximum(self.own[1], similar.amax(dim=0), out=self.own[1])
 
     def add_targets(self, place: slice, block: Tensor, positives: Tensor | None) -> None:
         """Take in the cosines of a block's rows and columns with their positives."""
@@ -338,10 +379,6 @@ class _Softmax:
     def cross_entropy(self, rows: slice) -> Tensor:
         """Sum over the rows and the columns of these pairs, of each the mean over its positives."""
         return (self.log_sums - self.factor * self.targets).sum(dim=0)[rows].sum()
-
-    def own_is_highest(self) -> list[Tensor]:
-        """(N,) for rows and for columns: no candidate is strictly more similar than a positive, up to rounding."""
-        return list(self.highest <= self.own + ROUNDING * torch.finfo(self.own.dtype).eps)
 
     def keep(self, kept: list[Tensor]) -> None:
         """Let the probabilities of all other rows and columns be zero."""
