@@ -20,8 +20,8 @@ from .measures import REPLAY_SHARE, Assessment
 FEW, HALF, MOST = 0.05, 0.5, 0.95
 MEMORY_SHARE = 0.05
 """Of the old pairs, what modx_plus remembers; at least what a batch replays."""
-PAPER_ALPHA = 20.0, 280
-"""Alpha of the paper and the contrastive batch it was given for (Ni et al., ICML 2023)."""
+ALPHA, REFERENCE_BATCH_SIZE = 2.0, 128
+"""What the study on the built-in streams has chosen. (The paper has 20 for 280, which pulls ten times as hard.)"""
 MANY_DUPLICATES = 0.01
 INDISTINGUISHABLE = 0.55
 
@@ -61,7 +61,6 @@ def advise(
     found: Assessment | Sequence[Assessment],
     *,
     target_recall: float | None = None,
-    alpha_for: tuple[float, int] = PAPER_ALPHA,
 ) -> Advice:
     """Advice on a phase, or on the phases of a run, which have one recipe: it is that of the phase with the fewest
     rows kept.
@@ -69,7 +68,6 @@ def advise(
     Args:
         found: what `assess` says.
         target_recall: image-to-text recall@1 that is good enough, in [0, 1].
-        alpha_for: an alpha and the contrastive batch that it was found for; see `ModX` for other batches.
 
     Raises:
         ValueError: nothing is given, or the target is out of its range.
@@ -83,7 +81,7 @@ def advise(
     held = _held(worst)
     ranking = sorted(held, key=held.get, reverse=True)
     recipe = _recipe(worst, phases, target_recall)
-    alpha, reference = (None, None) if recipe == "frozen" else alpha_for
+    alpha, reference = (None, None) if recipe == "frozen" else (ALPHA, REFERENCE_BATCH_SIZE)
     memory = None
     if recipe == "modx_plus" and worst.old_pairs:
         memory = min(worst.old_pairs, max(round(MEMORY_SHARE * worst.old_pairs), _replayed(worst)))
@@ -95,7 +93,7 @@ def advise(
         alpha=alpha,
         reference_batch_size=reference,
         memory_pairs=memory,
-        sentence=_sentence(worst, recipe, alpha_for, memory),
+        sentence=_sentence(worst, recipe, memory),
         notes=[note for phase in phases for note in _notes(phase)],
     )
 
@@ -113,12 +111,12 @@ def _recipe(worst: Assessment, phases: Sequence[Assessment], target_recall: floa
     return "modx" if kept >= HALF else "modx_plus"
 
 
-def _sentence(phase: Assessment, recipe: str, alpha_for: tuple[float, int], memory: int | None) -> str:
+def _sentence(phase: Assessment, recipe: str, memory: int | None) -> str:
     kept = f"{100 * phase.kept[phase.batch_size]:.0f} % of the rows of {phase.phase} in a batch of {phase.batch_size}"
     if recipe == "frozen":
         recall = 100 * phase.zero_shot["image_to_text_recall@1"]
         return f"The frozen model is good enough: it has {kept} right, and a recall@1 of {recall:.1f} %."
-    start = f"Start with alpha {alpha_for[0]:g} for a reference_batch_size of {alpha_for[1]}."
+    start = f"Start with alpha {ALPHA:g} for a reference_batch_size of {REFERENCE_BATCH_SIZE}."
     if recipe == "modx":
         return f"Mod-X will hold: the old model has {kept} right, and these are kept. {start}"
     few = phase.kept[phase.batch_size] < FEW

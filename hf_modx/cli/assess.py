@@ -22,10 +22,9 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 
 from ..assessment import Advice, Assessment, Cost, advise, assess, measure_cost
-from ..assessment.advice import PAPER_ALPHA
 from ..card_metadata import metric_name
 from ..data import PairCollator
-from ..demo import DEMO_DEFAULTS, DEMO_RECIPE_ARGS, trained_base
+from ..demo import DEMO_DEFAULTS, trained_base
 from ..demo_streams import DEMO_STREAMS
 from ..evaluation import Encoder
 from ..load_data import load_splits
@@ -82,8 +81,7 @@ def run(options: argparse.Namespace) -> None:
         )
         for phase in phases
     ]
-    alpha_for = (DEMO_RECIPE_ARGS["modx"]["alpha"], DEMO_DEFAULTS["per_device_train_batch_size"])
-    advice = advise(found, target_recall=options.target_recall, alpha_for=alpha_for if is_demo else PAPER_ALPHA)
+    advice = advise(found, target_recall=options.target_recall)
     cost = None
     if options.timed_steps and advice.recipe != "frozen":
         settings = {"old": old.train if old is not None else None, "timed_steps": options.timed_steps}
