@@ -15,7 +15,9 @@ whose base is the old data; with them MODEL may be "demo", the small CLIP traine
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from accelerate import PartialState
@@ -65,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
     args = planned(options, is_demo)
     phases = chosen_phases(stream, options.phase)
     old = stream.base if options.old is None else as_one_phase(stream_of(options.old, options))
-    name = trained_base(stream, args) if options.model == DEMO and is_demo else options.model
+    with redirect_stdout(sys.stderr):  # the log of the base's training is no JSON
+        name = trained_base(stream, args) if options.model == DEMO and is_demo else options.model
     model, processor = load_dual_encoder(name, PartialState().device)
     encoder = Encoder(model, PairCollator.for_model(model, processor), args.eval_batch_size, device=model.device)
     found = [
