@@ -2,7 +2,8 @@
 
 Measures the model as it is on every phase of DATA: zero-shot recall, the share of rows that Mod-X would keep at the
 planned batch, duplicates, rows that cannot be used, the shift from the old data, and the time and memory of a few real
-steps; and advises a recipe with its alpha and its replay. Nothing is kept but what is printed.
+steps; and advises a recipe with its alpha and its replay. Nothing is kept but what is printed,
+and the base of a built-in stream, which is cached.
 
 DATA is a data set as other commands take it: splits NAME_train and NAME_test are phases, any other data set is one
 phase, of its train split with its test split. demo:domain, demo:class and demo:instance are the built-in streams,
