@@ -244,7 +244,7 @@ def test_card_shows_the_angles(whole):
 
 @pytest.mark.slow
 def test_interrupted_run_finds_the_same_disorder(whole, make_args):
-    settings = {"max_steps": 3, "imav_samples": 5, "per_device_eval_batch_size": 8}
+    settings = {"max_steps": 3, "spatial_disorder": True, "imav_samples": 5, "per_device_eval_batch_size": 8}
     phases = stream()
     finish(make_args(**settings), PhaseStream(phases.phases[:1], base=phases.base))
     _, continued = finish(make_args(**settings))
@@ -262,7 +262,7 @@ def test_interrupted_run_finds_the_same_disorder(whole, make_args):
 
 
 def test_stream_without_a_base_has_no_training_pairs_of_the_start(make_args):
-    _, results = finish(make_args(max_steps=3, imav_samples=4), stream(base=False))
+    _, results = finish(make_args(max_steps=3, spatial_disorder=True, imav_samples=4), stream(base=False))
     second = results["spatial_disorder"]["phases"][2]
     assert "imav" in second["since_previous"] and "imav" not in second["since_start"]
 

@@ -54,11 +54,20 @@ def start(kept, run, make_args, tmp_path):  # noqa: F811
     """Starts a finished run of two phases, with memory and states, again; its folder is `out`."""
 
     def start(stream=None, **changes):
-        return run(stream or make_stream(2).with_union_test(), KEEPING, make_args(**{"max_steps": 2, **changes}))
+        return run(
+            stream or make_stream(2).with_union_test(),
+            KEEPING,
+            make_args(**{"max_steps": 2, "spatial_disorder": True, **changes}),
+        )
 
     if not (kept / "out").exists():
         with pytest.raises(SystemError):
-            run(make_stream(2).with_union_test(), KEEPING, make_args(max_steps=2), callbacks=[StopAt(2, 1)])
+            run(
+                make_stream(2).with_union_test(),
+                KEEPING,
+                make_args(max_steps=2, spatial_disorder=True),
+                callbacks=[StopAt(2, 1)],
+            )
         shutil.copytree(tmp_path / "out", kept / "one")
         start()
         shutil.copytree(tmp_path / "out", kept / "out")
