@@ -369,12 +369,12 @@ def training_without_clocks(run):
     [name if name == "modx" else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES if name != "frozen"],
 )
 def test_interrupted_run_ends_as_an_undisturbed_one(run, make_args, tmp_path, recipe):
-    """Before the first checkpoint of the second phase, which begins again, and after it, between two logs."""
+    """After a checkpoint in the second phase, between two logs; once also before it, where the phase begins again."""
     options = {"recipe": recipe, "recipe_args": ENSEMBLES.get(recipe)}
     settings = {**SETTINGS_OF_INTERRUPTED, "logging_steps": 3}
     whole = run(**options, args=make_args(**settings, output_dir=str(tmp_path / "whole")))
     assert not same(weights(whole, 2), weights(whole, 1))
-    for step in (1, 3):
+    for step in (1, 3) if recipe in ("modx", "incclip") else (3,):
         with pytest.raises(SystemError):
             run(**options, args=make_args(**settings), callbacks=[StopAt(2, step)])
     resumed = run(**options, args=make_args(**settings))
