@@ -15,6 +15,8 @@ os.environ.update(
     HF_MODX_TESTS_HOME=_HOME,
     HF_HOME=_HOME,
     HF_DATASETS_CACHE=f"{_HOME}/datasets",
+    # Not this one: each worker has a Hub of its own, with other repositories of the same names.
+    HF_HUB_CACHE=f"{_HOME}/hub-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}",
     HF_ENDPOINT=f"http://127.0.0.1:{_HUB_PORT.getsockname()[1]}",
     HF_HUB_OFFLINE="0",
     HF_HUB_DISABLE_XET="1",
