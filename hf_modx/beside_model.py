@@ -72,7 +72,7 @@ def _read(checkpoint: str | os.PathLike, wanted: Mapping[str, Tensor]) -> dict[s
     found = load_file(path) if path.exists() else {}
     if missing := sorted(wanted.keys() - found.keys()):
         raise ValueError(
-            f"{checkpoint} does not hold {', '.join(missing)}, which is trained: it is of another recipe or of an "
-            "earlier version. Start the phase anew, without this checkpoint."
+            f"{checkpoint} does not hold {', '.join(missing)}, which is trained: it is of another recipe. Start "
+            "the phase anew, without this checkpoint."
         )
     return found

@@ -99,7 +99,8 @@ def _portable(error: Exception) -> Exception:
     """The error, or its text where it cannot travel to the other processes."""
     try:
         pickle.loads(pickle.dumps(error))  # nosec B301 # its own words
-    except Exception:  # an exception's own way to be pickled may raise anything
+    except Exception:
+        # Of any class's `__reduce__` or `__init__`. Let through here, the other processes would wait for ever.
         return RuntimeError(repr(error))
     return error
 

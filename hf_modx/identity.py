@@ -49,7 +49,6 @@ HYPERPARAMETERS = [
     "peft",
 ]
 PAIRS = ["same_pair_id", "pairs_in_batch"]
-BEFORE_THERE_WAS_A_CHOICE = {"same_pair_id": "neutral", "pairs_in_batch": "any"}
 STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
 
@@ -147,7 +146,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():
-        old = before["hyperparameters"].get(name, BEFORE_THERE_WAS_A_CHOICE.get(name))
+        old = before["hyperparameters"].get(name)
         if old != value:
             found.append(f"{name} was {old!r} and is {value!r}")
     return found

@@ -37,7 +37,7 @@ class LogMeans:
         save_file({**totals, **counts}, checkpoint / LOG_MEANS_NAME)
 
     def read(self, checkpoint: Path) -> None:
-        """Go on from the sums in a checkpoint; afresh where it has none, as one of an earlier version."""
+        """Go on from the sums in a checkpoint; afresh where it has none, as one of a stock Trainer."""
         path = checkpoint / LOG_MEANS_NAME
         kept = load_file(path) if path.exists() else {}
         names = [name.removeprefix("total.") for name in kept if name.startswith("total.")]

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from .adapter import has_adapter
 from .callbacks import LossCallback
 from .card_keeping import kept_rows_notes, retention_notes
+from .card_measures import (
+    disorder_table,
+    headlines_of,
+    is_empty,
+    matrices_of_labels,
+    matrix_after,
+    matrix_table,
+    scores_table,
+    summary_table,
+)
 from .card_metadata import (
     as_list,
     card_metadata,
@@ -28,10 +37,20 @@ from .card_metadata import (
     model_tags,
     model_type,
     phase_metadata,
-    source_of_test,
     write_eval_results,
 )
-from .evaluation import EvaluationMatrix
+from .card_training import (
+    data_notes,
+    data_table,
+    dataset_link,
+    environment_table,
+    options_table,
+    phases_table,
+    recipe_in_words,
+    record_of_phase,
+    settings_table,
+    wall_time,
+)
 from .files import read_json, write_text
 from .identity import hyperparameters, is_adapter
 from .markdown import escaped, table
@@ -46,31 +65,11 @@ logger = logging.getLogger(__name__)
 
 TEMPLATE = files("hf_modx").joinpath("templates", "phase_card.md")
 PICTURE = "plots/matrix.png"
-HEADLINES = ("image_to_text_recall@1", "text_to_image_recall@1", "zero_shot_top1")
-OF_LABELS = ("zero_shot_top1", "linear_probe_top1")
-"""Metrics of tests of labels that have a matrix of their own below the first one."""
 OLD_INDEX = "cross_phase_text_to_image_recall@1"
 PIPELINE_POSITIONS = 32
 """The zero-shot pipeline does not truncate: with fewer text positions it fails on longer labels."""
 SIGMOID, SIGMOID_POSITIONS = ("siglip", "siglip2"), 64
 """Types of models with a sigmoid loss, and the length to which the zero-shot pipeline pads their labels."""
-
-MOVEMENTS = (
-    "images turned",
-    "angles between images",
-    "texts turned",
-    "angles between texts",
-    "images against texts",
-)
-MEANINGS = {
-    "average": "mean of all values after a phase",
-    "last": "mean of the last row",
-    "backward_transfer": "mean change of a test since the phase that taught it",
-    "forgetting": "mean loss of a test since its best",
-    "transfer": "mean of the tests before the phase that teaches them",
-    "forward_transfer": "mean change of a test from the start to right before the phase that teaches it",
-    "zero_shot_retention": "part of the start's value that is kept, mean over the tests that no phase has taught",
-}
 
 
 # ---- A phase of a run ----
@@ -95,10 +94,10 @@ def write_phase_card(
         identity, results, number, repo_id, revision: see `phase_card`.
         config: of the model. Default: `config.json` in the folder.
     """
-    headline = _headlines(results)[0]
-    matrix = _matrix(results, number, headline)
+    headline = headlines_of(results)[0]
+    matrix = matrix_after(results, number, headline)
     picture = None
-    if not _is_empty(matrix):
+    if not is_empty(matrix):
         try:
             draw_matrix(matrix, folder / PICTURE, f"{metric_name(headline)} in percent")
             picture = PICTURE
@@ -154,9 +153,9 @@ def phase_card(
         repo_id, revision: where the model is published. Default: the card loads the local folder `phase-K`.
     """
     config = config or {}
-    headline, *_ = headlines = _headlines(results)
+    headline, *_ = headlines = headlines_of(results)
     recipe_args = identity["recipe_args"] if number else {}
-    record = _training(results, number) if number else {}
+    record = record_of_phase(results, number) if number else {}
     adapts = is_adapter(identity, number)
     return _render(
         phase_metadata(results, number, config, repo_id, adapts),
@@ -168,23 +167,23 @@ def phase_card(
         title=_title(identity, number, config),
         what=_what(identity, results, number),
         headline=metric_name(headline),
-        matrix=_matrix_table(results, number, headline),
-        matrices_of_labels=_matrices_of_labels(results, number, headline),
-        old_index=_matrix_table(results, number, OLD_INDEX) if OLD_INDEX in results["matrix"] else "",
+        matrix=matrix_table(results, number, headline),
+        matrices_of_labels=matrices_of_labels(results, number, headline),
+        old_index=matrix_table(results, number, OLD_INDEX) if OLD_INDEX in results["matrix"] else "",
         picture=picture,
-        summary=_summary_table(results, number, headlines) if number else "",
+        summary=summary_table(results, number, headlines) if number else "",
         scores_of=f"In percent, {f'after phase {number}' if number else 'before the first phase'}; ranks as they are.",
-        scores=_scores_table(results, number),
-        disorder=_disorder_table(results, number),
+        scores=scores_table(results, number),
+        disorder=disorder_table(results, number),
         lineage=_lineage(identity, results.get("model", {})),
-        recipe=_recipe(results, number) if number else "",
-        phases=_phases_table(identity, results, number),
+        recipe=recipe_in_words(results, number) if number else "",
+        phases=phases_table(identity, results, number),
         retention=retention_notes(results, number),
-        options=_options_table(recipe_args),
-        hyperparameters=_settings_table(identity["hyperparameters"]),
-        data=_data_table(identity, results, number),
-        data_notes=_data_notes(identity, results, number),
-        environment=_environment_table(record.get("environment", {})),
+        options=options_table(recipe_args),
+        hyperparameters=settings_table(identity["hyperparameters"]),
+        data=data_table(identity, results, number),
+        data_notes=data_notes(identity, results, number),
+        environment=environment_table(record.get("environment", {})),
         limits=[*_limits(results, number, headline), *kept_rows_notes(identity, results, number)],
         papers=_papers(config, recipe_args, identity["hyperparameters"].get("peft") if number else None),
     )
@@ -251,10 +250,10 @@ def trainer_card(
         ),
         lineage=f"- Base model: {_hub_link(base)}" if base else "",
         recipe=f"{escaped(' + '.join(recipe_args))}: {trainer.state.global_step} steps{_time_of(history)}.",
-        options=_options_table(recipe_args),
-        hyperparameters=_settings_table(hyperparameters(args)),
+        options=options_table(recipe_args),
+        hyperparameters=settings_table(hyperparameters(args)),
         data=_trainer_data_table(trainer),
-        environment=_environment_table(environment(args.device, args.world_size)),
+        environment=environment_table(environment(args.device, args.world_size)),
         limits=[],
         papers=_papers(config, recipe_args, args.peft),
     )
@@ -262,7 +261,7 @@ def trainer_card(
 
 def _time_of(history: Sequence[Mapping[str, Any]]) -> str:
     record = next((entry for entry in reversed(history) if "train_runtime" in entry), {})
-    return f" in {_wall_time(record)}" if record else ""
+    return f" in {wall_time(record)}" if record else ""
 
 
 def _public_settings(callback: LossCallback) -> dict[str, Any]:
@@ -302,7 +301,7 @@ def _trainer_data_table(trainer: "ModXTrainer") -> str:
             (
                 escaped(name),
                 str(source.get("rows", "")),
-                _dataset_link(source),
+                dataset_link(source),
                 escaped(source.get("licence", "")),
                 escaped(source.get("description", "")),
             )
@@ -314,78 +313,9 @@ def _trainer_data_table(trainer: "ModXTrainer") -> str:
 # ---- What was measured ----
 
 
-def _headlines(results: Mapping[str, Any]) -> list[str]:
-    return [metric for metric in HEADLINES if metric in results["matrix"]] or list(results["matrix"])[:1]
-
-
-def _matrix(results: Mapping[str, Any], number: int, metric: str, name=str) -> EvaluationMatrix:
-    """The matrix as it was after phase `number`, of the tests that have the metric; `name` changes the names of phases
-    and tests."""
-    rows = results["matrix"][metric][: number + 1]
-    learned_at = [None if isinstance(k, int) and k > number else k for k in results["learned_at"]]
-    phases, tests = results["phases"][:number], results["tests"]
-    return EvaluationMatrix(list(map(name, phases)), list(map(name, tests)), rows, learned_at).measured()
-
-
-def _is_empty(matrix: EvaluationMatrix) -> bool:
-    return all(math.isnan(value) for value in matrix.values.ravel())
-
-
-def _matrix_table(results: Mapping[str, Any], number: int, metric: str) -> str:
-    matrix = _matrix(results, number, metric, escaped)
-    return "" if _is_empty(matrix) else matrix.to_markdown()
-
-
-def _matrices_of_labels(results: Mapping[str, Any], number: int, headline: str) -> list[tuple[str, str]]:
-    """Name and table of each metric of tests of labels; the headline's stands above them."""
-    metrics = [metric for metric in OF_LABELS if metric in results["matrix"] and metric != headline]
-    tables = [(metric_name(metric), _matrix_table(results, number, metric)) for metric in metrics]
-    return [(name, table) for name, table in tables if table]
-
-
-def _summary_table(results: Mapping[str, Any], number: int, metrics: Sequence[str]) -> str:
-    summaries = [_matrix(results, number, metric).summary() for metric in metrics]
-    rows = []
-    for name in summaries[0]:
-        values = ["" if summary[name] is None else f"{100 * summary[name]:.1f}" for summary in summaries]
-        if any(values):
-            rows.append([name.replace("_", " "), *values, MEANINGS.get(name, "")])
-    return table(["measure", *map(metric_name, metrics), "meaning"], rows)
-
-
-def _scores_table(results: Mapping[str, Any], number: int) -> str:
-    rows = [
-        [escaped(metric_name(metric)), *(_score(metric, value) for value in values[number])]
-        for metric, values in {**results["matrix"], **results.get("ranks", {})}.items()
-    ]
-    return table(["metric", *map(escaped, results["tests"])], [row for row in rows if any(row[1:])])
-
-
-def _score(metric: str, value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:g}" if metric.endswith("_rank") else f"{100 * value:.1f}"
-
-
-def _disorder_table(results: Mapping[str, Any], number: int) -> str:
-    """Mean angles in degrees; see `hf_modx.evaluation.disorder`."""
-    phases = results.get("spatial_disorder", {}).get("phases", [])
-    found = phases[number] if number < len(phases) else None
-    rows = []
-    for since, name in (("since_previous", "the phase before"), ("since_start", "the start")):
-        if found is None or (since == "since_start" and number == 1):  # the same
-            continue
-        for test, measured in found[since]["tests"].items():
-            if measured is not None:
-                angles = [measured[side][kind]["mean"] for side in ("image", "text") for kind in ("ram", "sam")]
-                angles.append(measured["intermodal_rotation"])
-                rows.append([name, escaped(test), *("" if angle is None else f"{angle:.1f}" for angle in angles)])
-    return table(["compared with", "test", *MOVEMENTS], rows)
-
-
 def _limits(results: Mapping[str, Any], number: int, metric: str) -> list[str]:
-    matrix = _matrix(results, number, metric)
-    if _is_empty(matrix):
+    matrix = matrix_after(results, number, metric)
+    if is_empty(matrix):
         return ["No test was held out: nothing tells what was learned and what was forgotten."]
     lost = {}
     for column, test in enumerate(matrix.tests):
@@ -444,137 +374,6 @@ def _lineage(identity: Mapping[str, Any], model: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _training(results: Mapping[str, Any], number: int) -> Mapping[str, Any]:
-    return results["training"][number - 1] or {}
-
-
-def _recipe(results: Mapping[str, Any], number: int) -> str:
-    """Its name, and what was changed on the way: after a rollback a run may go on with other settings."""
-    changed = [
-        f"Other settings held up to phase {entry['until_phase']}: {escaped('; '.join(entry['changes']))}."
-        for entry in results.get("changed_settings", [])
-        if entry["until_phase"] < number
-    ]
-    return " ".join([f"Recipe {escaped(results['recipe'])}.", *changed])
-
-
-def _phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> str:
-    rows = []
-    for k, phase in enumerate(identity["phases"][:number], start=1):
-        record = _training(results, k)
-        rows.append(
-            [
-                str(k),
-                escaped(phase["name"]),
-                f"{record.get('pairs', phase['rows']):,}",
-                str(record.get("steps", "")),
-                f"phase-{record['starts_from']}" if "starts_from" in record else "",
-                *(
-                    f"{100 * record[kept]['mean']:.1f} %" if kept in record else ""
-                    for kept in ("image_rows_kept", "text_rows_kept")
-                ),
-                " to ".join(f"{value:.4g}" for value in record.get("logit_scale", [])),
-                _wall_time(record),
-                _energy(record),
-                escaped(record.get("weights", "")),
-            ]
-        )
-    header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "logit scale"]
-    return table([*header, "time", "energy of the GPUs", "weights after it"], rows)
-
-
-def _wall_time(record: Mapping[str, Any]) -> str:
-    """Of a phase that was interrupted the log only knows the time since it went on."""
-    seconds = record.get("train_runtime")
-    if seconds is None:
-        return ""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            text = f"{seconds / size:.1f} {unit}"
-            break
-    else:
-        text = f"{seconds:.1f} s"
-    return f"{text} from step {record['resumed_at_step']} on" if "resumed_at_step" in record else text
-
-
-def _energy(record: Mapping[str, Any]) -> str:
-    """In kilowatt-hours; of a phase that was interrupted, as the time."""
-    joules = record.get("train_energy_joules")
-    return "" if joules is None else f"{joules / 3.6e6:.2g} kWh"
-
-
-def _options_table(recipe_args: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = [
-        (escaped(callback), escaped(name), _value(value))
-        for callback, options in recipe_args.items()
-        for name, value in options.items()
-    ]
-    return table(["loss callback", "option", "value"], rows)
-
-
-def _settings_table(settings: Mapping[str, Any]) -> str:
-    rows = [(escaped(name), _value(value)) for name, value in settings.items() if value is not None]
-    return table(["hyper-parameter", "value"], rows)
-
-
-def _value(value: Any) -> str:
-    return escaped(value.value if isinstance(value, Enum) else value)
-
-
-def _data_table(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> str:
-    sources, phases = results.get("sources", {}), identity["phases"]
-    base = next((name for name in sources if name not in {phase["name"] for phase in phases}), None)
-    rows = []
-    if base is not None:
-        rows.append(_data_row("base", base, sources[base], identity["base"]))
-    for k, phase in enumerate(phases[:number], start=1):
-        source = {"rows": phase["rows"], **sources.get(phase["name"], {})}
-        rows.append(_data_row(f"phase {k}", phase["name"], source, phase["data"]))
-    for test, pairs in results["test_pairs"].items():
-        source = {"rows": pairs, **source_of_test(results, test)}
-        rows.append(_data_row("test", test, source, identity["tests"].get(test)))
-    return table(["used as", "name", "pairs", "fingerprint", "data set", "licence"], rows)
-
-
-def _data_row(used_as: str, name: str, source: Mapping[str, Any], fingerprint: str | None) -> list[str]:
-    rows = f"{source['rows']:,}" if "rows" in source else ""
-    licence = escaped(source.get("licence") or "")
-    return [used_as, escaped(name), rows, escaped(fingerprint or ""), _dataset_link(source), licence]
-
-
-def _data_notes(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> str:
-    learned = [phase["name"] for phase in identity["phases"][:number]]
-    later = [phase["name"] for phase in identity["phases"][number:]]
-    sources = {name: source for name, source in results.get("sources", {}).items() if name not in later}
-    described = [(escaped(name), escaped(source.get("description") or "")) for name, source in sources.items()]
-    notes = [table(["name", "description"], [row for row in described if row[1]])]
-    silent = [name for name in learned if not sources.get(name, {}).get("licence")]
-    if silent:
-        notes.append(f"The data state no licence: {', '.join(map(escaped, silent))}.")
-    left_out = [f"{bad['count']} of {escaped(name)}" for name, bad in results.get("bad_samples", {}).items()]
-    if left_out:
-        notes.append(f"Rows left out as bad samples: {', '.join(left_out)}.")
-    if deleted := results.get("deleted_pairs"):
-        notes.append(_deletions(deleted))
-    return "\n\n".join(note for note in notes if note)
-
-
-def _deletions(deleted: Mapping[str, int]) -> str:
-    asked = [f"{deleted[kind]} {kind.replace('_', ' ')}" for kind in ("pair_ids", "images") if deleted[kind]]
-    known = deleted["trained_before"]
-    earlier = f" The models of phases 1 to {known} were trained before some of this was asked." if known else ""
-    return (
-        f"Deleted on request, from the replay memory ({deleted['rows_from_memory']} rows) and from what this phase "
-        f"was trained on: {' and '.join(asked)}.{earlier} What a model has learned before may remain in it."
-    )
-
-
-def _environment_table(known: Mapping[str, Any]) -> str:
-    rows = [(escaped(name), escaped(value)) for name, value in known.get("versions", {}).items()]
-    rows += [(key, escaped(known[key])) for key in ("device", "processes") if key in known]
-    return table(["used", "version or name"], rows)
-
-
 # ---- Words and links ----
 
 
@@ -626,11 +425,3 @@ def _papers(config: Mapping[str, Any], recipe_args: Mapping[str, Any], peft: str
 
 def _hub_link(repo_id: str) -> str:
     return f"[{escaped(repo_id)}](https://huggingface.co/{quote(repo_id)})"
-
-
-def _dataset_link(source: Mapping[str, Any]) -> str:
-    if "dataset_id" not in source:
-        return escaped(source.get("homepage", ""))
-    link = f"[{escaped(source['dataset_id'])}](https://huggingface.co/datasets/{quote(source['dataset_id'])})"
-    details = [f"{key} {escaped(source[key])}" for key in ("config", "split", "revision") if key in source]
-    return ", ".join([link, *details])

@@ -86,3 +86,17 @@ def make_args(tmp_path):
         return ModXTrainingArguments(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def start(model, processor, tmp_path):
+    """The tiny model as a folder."""
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """The example would take all cores of this process, and processes forked off threads hang."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 
-from hf_modx import ContinualRun, Phase, PhaseStream
+from hf_modx import Phase, PhaseStream
 from hf_modx.cli import main
 from hf_modx.cli.forget import ids_in
 from hf_modx.deletion import Deletions, forget
 from hf_modx.identity import changes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from test_replay_runs import run as replay_run  # noqa: F401
 
 import continual_clip
 from test_continual import StopAt, make_stream, same, weights
@@ -25,19 +27,9 @@ COLUMNS = ("image", "pair_id")
 
 
 @pytest.fixture
-def run(model, processor, make_args):
+def run(replay_run):  # noqa: F811
     def run(stream=None, callbacks=(), **changes):
-        continual = ContinualRun(
-            stream or make_stream(),
-            "er",
-            make_args(**{"max_steps": 2, **changes}),
-            model=model,
-            processing_class=processor,
-            recipe_args=SMALL,
-            callbacks=callbacks,
-        )
-        continual.run()
-        return continual
+        return replay_run("er", stream, callbacks, SMALL, **{"max_steps": 2, **changes})
 
     return run
 

@@ -18,24 +18,12 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import continual_clip  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = [
     *("--max_steps", "2", "--report_to", "none", "--use_cpu", "true", "--disable_tqdm", "true"),
     *("--per_device_train_batch_size", "8", "--save_strategy", "no"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """The example would take all cores of this process, and processes forked off threads hang."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-@pytest.fixture
-def start(model, processor, tmp_path):
-    """The tiny model as a folder."""
-    model.save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
-    return str(tmp_path / "start")
 
 
 @pytest.fixture

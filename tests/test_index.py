@@ -123,7 +123,6 @@ def test_index_that_the_map_is_not_for_is_refused(table, alignment):
 
 
 def test_faiss_index_of_a_turned_data_set_finds_what_the_new_model_asks_for(table, alignment):
-    pytest.importorskip("faiss")
     queries = (unit(20) @ rotation()).numpy()
     turned = align_index(table, alignment)
     turned.add_faiss_index("embeddings")

@@ -620,10 +620,11 @@ class Exchange:
 
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)
-def test_shards_sum_to_the_whole(bounds, scale):
+@pytest.mark.parametrize("rows", [{"pair_ids": IDS}, {"pair_ids": BOTH_IDS, "positives": True}], ids=["one", "two"])
+def test_shards_sum_to_the_whole(rows, bounds, scale):
     batch = Batch()
     batch.scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    options = {"pair_ids": IDS, "distill_scale": scale / 2}
+    options = {**rows, "distill_scale": scale / 2}
     whole = batch.modx(**options)
     number = len(bounds) - 1
     exchange = Exchange(number)

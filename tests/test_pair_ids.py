@@ -1,20 +1,17 @@
 """Pairs that belong together: positives of each other in the losses, right answers in screening, and where the sampler
 puts them."""
 
-import copy
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from safetensors.torch import save_file
 from test_distributed import arguments, largest_difference
-from test_losses import BOTH_IDS, EXACT, IDS, Batch, Exchange, SigmoidBatch, assert_same_gradients, old_model_of_matrix
+from test_losses import BOTH_IDS, EXACT, IDS, Batch, SigmoidBatch, assert_same_gradients, old_model_of_matrix
 
 from hf_modx import Contrastive, ModXTrainer, Phase, PhaseStream
 from hf_modx.identity import changes, run_identity
-from hf_modx.losses import Shard, affinity_distillation, info_nce
+from hf_modx.losses import affinity_distillation, info_nce
 from hf_modx.pair_groups import Arrangement
 from hf_modx.sampling import GlobalBatches
 
@@ -73,31 +70,6 @@ def test_a_row_whose_positive_the_old_model_prefers_is_right():
     new = Batch(rows=3)
     kept = affinity_distillation(new.images, new.texts, *old, pair_ids=torch.tensor([5, 5, 6]), positives=True)
     assert kept.image_rows_kept.item() == pytest.approx(2 / 3)
-
-
-@pytest.mark.parametrize("scale", [14.0, 100.0])
-@pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)
-def test_shards_with_positives_sum_to_the_whole(bounds, scale):
-    batch = Batch()
-    batch.scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    options = {"pair_ids": BOTH_IDS, "positives": True, "distill_scale": scale / 2}
-    number = len(bounds) - 1
-    exchange = Exchange(number)
-
-    def one_process(index):
-        shard = Shard(bounds[index], bounds[index + 1], number, exchange.gather(index))
-        found = batch.modx(shard=shard, chunk_size=2, **options)
-        return found, batch.gradients(found.loss)
-
-    with ThreadPoolExecutor(number) as pool:
-        answers = list(pool.map(one_process, range(number)))
-    whole = batch.modx(**options)
-    for found, _ in answers:
-        for name in ("contrastive", "distillation", "image_rows_kept", "text_rows_kept"):
-            torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-11, atol=1e-11)
-    parts = zip(*[gradients for _, gradients in answers], strict=True)
-    for shares, expected in zip(parts, batch.gradients(whole.loss), strict=True):
-        torch.testing.assert_close(sum(shares) / number, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_sigmoid_loss_asks_nothing_about_pairs_that_are_no_positives():
@@ -272,12 +244,11 @@ def test_unknown_choice_is_refused(make_args, name):
         make_args(**{name: "beside"})
 
 
-def test_runs_that_knew_no_choice_left_such_pairs_out(make_args):
-    stream = PhaseStream((Phase("one", tiny_pairs(8)),))
-    now = run_identity("finetune", [Contrastive()], make_args(), stream)
-    before = copy.deepcopy(now)
-    for name in ("same_pair_id", "pairs_in_batch"):
-        del before["hyperparameters"][name]
+def test_what_belongs_together_is_a_part_of_the_run_where_the_data_have_ids(make_args):
+    def settings(data, **changes):
+        stream = PhaseStream((Phase("one", data),))
+        return run_identity("finetune", [Contrastive()], make_args(**changes), stream)
+
+    before, now = (settings(tiny_pairs(8), same_pair_id=choice) for choice in ("neutral", "positive"))
     assert changes(before, now) == ["same_pair_id was 'neutral' and is 'positive'"]
-    without_ids = PhaseStream((Phase("one", tiny_pairs(8).remove_columns("pair_id")),))
-    assert "same_pair_id" not in run_identity("finetune", [], make_args(), without_ids)["hyperparameters"]
+    assert "same_pair_id" not in settings(tiny_pairs(8).remove_columns("pair_id"))["hyperparameters"]

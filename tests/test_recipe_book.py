@@ -26,19 +26,7 @@ import continual_clip  # noqa: E402
 from launch import launch  # noqa: E402
 from tiny import SHAPES, tiny_clip, tiny_dual_encoder, tiny_pairs  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """The example would take all cores of this process, and processes forked off threads hang."""
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-
-
-@pytest.fixture
-def start(model, processor, tmp_path):
-    """The tiny model as a folder."""
-    model.save_pretrained(tmp_path / "start")
-    processor.save_pretrained(tmp_path / "start")
-    return str(tmp_path / "start")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

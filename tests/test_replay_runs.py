@@ -21,14 +21,14 @@ REPLAYING = ["der", "incclip"]  # the first is "er" with embeddings beside the p
 
 @pytest.fixture
 def run(model, processor, make_args):
-    def run(recipe="er", stream=None, callbacks=(), **changes):
+    def run(recipe="er", stream=None, callbacks=(), recipe_args=SMALL, **changes):
         continual = ContinualRun(
             stream or make_stream(),
             recipe,
             make_args(**{"max_steps": 3, **changes}),
             model=model,
             processing_class=processor,
-            recipe_args=SMALL,
+            recipe_args=recipe_args,
             callbacks=callbacks,
         )
         continual.run()

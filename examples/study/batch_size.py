@@ -18,7 +18,6 @@ sys.path.insert(0, str(STUDY))
 import run  # noqa: E402
 import tables  # noqa: E402
 
-from hf_modx.files import write_text  # noqa: E402
 from hf_modx.markdown import escaped, table  # noqa: E402
 
 DEFAULTS = {"--recipes": "batch", "--streams": "domain", "--output_dir": "runs/study-batch"}
@@ -31,13 +30,7 @@ SIZES = (128, 256, 512)
 
 
 def main(argv: Sequence[str]) -> int:
-    argv = [*(word for pair in DEFAULTS.items() if pair[0] not in argv for word in pair), *argv]
-    options, _ = run.parse(argv)
-    status = run.main(argv)
-    report = batch_table(tables.read_cells(options.output_dir))
-    write_text(options.output_dir / "batch_size.md", report)
-    print(report)
-    return status
+    return run.with_report(argv, DEFAULTS, "batch_size.md", batch_table)
 
 
 def batch_table(cells: Sequence[tables.Cell]) -> str:

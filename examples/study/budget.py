@@ -19,7 +19,6 @@ sys.path.insert(0, str(STUDY))
 import run  # noqa: E402
 import tables  # noqa: E402
 
-from hf_modx.files import write_text  # noqa: E402
 from hf_modx.markdown import escaped, table  # noqa: E402
 
 BUDGET = 0.2
@@ -28,13 +27,7 @@ DEFAULTS = {"--recipes": "budget", "--streams": "domain", "--output_dir": "runs/
 
 
 def main(argv: Sequence[str]) -> int:
-    argv = [*(word for pair in DEFAULTS.items() if pair[0] not in argv for word in pair), *argv]
-    options, _ = run.parse(argv)
-    status = run.main(argv)
-    report = budget_table(tables.read_cells(options.output_dir))
-    write_text(options.output_dir / "budget.md", report)
-    print(report)
-    return status
+    return run.with_report(argv, DEFAULTS, "budget.md", budget_table)
 
 
 def budget_table(cells: Sequence[tables.Cell]) -> str:

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ sys.path[:0] = [str(STUDY), str(STUDY.parent)]
 
 import tables  # noqa: E402
 
-from hf_modx.files import read_json, write_json  # noqa: E402
+from hf_modx.files import read_json, write_json, write_text  # noqa: E402
 
 STREAMS = "domain,class,instance"
 LOG = "log.txt"
@@ -98,6 +98,22 @@ def main(argv: Sequence[str]) -> int:
     print((options.output_dir / "tables.md").read_text(encoding="utf-8"))
     print(f"Tables, figures and cards: {options.output_dir}")
     return int(any(tables.failure(run.folder) is not None for run in runs))
+
+
+def with_report(
+    argv: Sequence[str],
+    defaults: Mapping[str, str],
+    name: str,
+    report: Callable[[Sequence[tables.Cell]], str],
+) -> int:
+    """`main` with other defaults, and then a table of one's own as a file in the output folder."""
+    argv = [*(word for pair in defaults.items() if pair[0] not in argv for word in pair), *argv]
+    options, _ = parse(argv)
+    status = main(argv)
+    found = report(tables.read_cells(options.output_dir))
+    write_text(options.output_dir / name, found)
+    print(found)
+    return status
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -205,6 +221,11 @@ def carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
                 tables.write(options.output_dir)
 
 
+FAILURES = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
+"""What `ContinualRun` and torch say to bad settings, NaN and too little room. Anything else is a mistake in the code,
+which ends the study."""
+
+
 class Workers:
     """Carry out runs, several at a time each in a process of its own; SIGTERM is an interruption as Ctrl-C is, and
     ends those processes."""
@@ -262,7 +283,7 @@ class Workers:
                 continual_clip.main(run.argv)
             except SystemExit as error:
                 print(error.code if isinstance(error.code, str) else "", file=log)
-            except Exception:  # why a run has failed, whatever it is, stands in the tables; the others go on
+            except FAILURES:  # why a run has failed stands in the tables; the others go on
                 traceback.print_exc(file=log)
             else:
                 return None

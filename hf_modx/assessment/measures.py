@@ -13,7 +13,7 @@ from ..bad_samples import drop_bad_samples, find_bad_samples
 from ..data import PairDataset, as_captions
 from ..evaluation import EncodedPairs, Encoder, encode_pairs, linear_probe_accuracy, retrieval_metrics
 from ..load_data import at_most
-from ..losses import affinity_distillation
+from ..losses.affinity import rows_ranked_first
 from ..overlap import image_digests, shared_rows
 from ..phases import Phase
 from ..sampling import GlobalBatches
@@ -182,10 +182,8 @@ def rows_kept(
                 )
             ]
         )
-        found = affinity_distillation(
-            images[rows], texts, images[rows], texts, pair_ids=ids[rows], positives=positives, reduction="mean"
-        )
-        kept.append(float(found.image_rows_kept + found.text_rows_kept) / 2)
+        first = rows_ranked_first(images[rows], texts, pair_ids=ids[rows], positives=positives)
+        kept.append(torch.stack(first).double().mean().item())
     return float(np.mean(kept))
 
 
