@@ -45,9 +45,12 @@ os.fsync = lambda file: None
 settings.register_profile("short", max_examples=50, deadline=None)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
-# accelerate collects garbage before every training run, half a second each time with all that is imported here: what
-# is there now stays for good and need not be looked through.
-gc.freeze()
+
+
+def pytest_collection_finish():
+    """Garbage is collected several times in every run, half a second each time with all that is imported here: what is
+    there now stays for good and need not be looked through."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
