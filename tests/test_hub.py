@@ -35,7 +35,7 @@ from hub_fixtures import TESTS, run_with_hub
 from hub_server import OWNER, READER, STRANGER, Faults
 from launch import launch
 from test_continual import StopAt, make_stream
-from tiny import tiny_clip, tiny_pairs, tiny_processor
+from tiny import quick_arguments, tiny_clip, tiny_pairs, tiny_processor
 
 sys.path.insert(0, str(TESTS.parent / "examples"))
 
@@ -75,24 +75,6 @@ def make_run(processor, make_args, tmp_path):
     return make_run
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """State of the Hub and of the folder `out` by name, made once and copied into the test afterwards."""
-    kept = {}
-
-    def prepared(name, hub, out, make):
-        if name not in kept:
-            make()
-            kept[name] = tmp_path_factory.mktemp(name)
-            shutil.copytree(hub.folder, kept[name] / "hub")
-            shutil.copytree(out, kept[name] / "out")
-        else:
-            shutil.copytree(kept[name] / "hub", hub.folder, dirs_exist_ok=True)
-            shutil.copytree(kept[name] / "out", out)
-
-    return prepared
-
-
 @pytest.fixture
 def finished(hub, make_run, prepared, tmp_path):
     """A published run of two phases, as it would be started again."""
@@ -110,6 +92,22 @@ def interrupted(hub, make_run, prepared, tmp_path):
 
     prepared("interrupted", hub, tmp_path / "out", fall_over)
     return make_run()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processor, tmp_path_factory):
+    """Runs of two phases that know of no Hub, by their steps; nobody changes them."""
+    done = {}
+
+    def undisturbed(max_steps):
+        if max_steps not in done:
+            args = quick_arguments(tmp_path_factory.mktemp("undisturbed"), max_steps=max_steps)
+            model = tiny_clip(processor)
+            done[max_steps] = ContinualRun(make_stream(), "finetune", args, model=model, processing_class=processor)
+            done[max_steps].run()
+        return done[max_steps]
+
+    return undisturbed
 
 
 def branches(hub, repo=REPO):
@@ -288,8 +286,8 @@ def test_more_phases_publish_only_the_new_ones(hub, finished, make_run):
     assert content(hub, "main") == content(hub, "phase-3")
 
 
-def test_run_that_was_finished_without_the_hub_is_published_later(hub, make_run):
-    make_run(push_to_hub=False).run()
+def test_run_that_was_finished_without_the_hub_is_published_later(hub, make_run, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(max_steps=2).folder, tmp_path / "out")
     run = make_run()
     stamp = (run.phase_folder(2) / "model.safetensors").stat().st_mtime_ns
     run.run()
@@ -613,8 +611,8 @@ def test_a_different_run_is_refused_and_changes_nothing(hub, finished, make_run,
     assert not other.phase_folder(1).exists()
 
 
-def test_a_trained_folder_of_another_run_is_refused(hub, finished, make_run):
-    make_run(folder="other", push_to_hub=False).run()
+def test_a_trained_folder_of_another_run_is_refused(hub, finished, make_run, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(max_steps=2).folder, tmp_path / "other")
     with pytest.raises(RepositoryConflict, match="holds another run than"):
         make_run(folder="other").run()
 
@@ -697,7 +695,7 @@ def test_of_two_that_come_at_once_one_gets_in(hub, interrupted, tmp_path):
 # ---- Going on elsewhere ----
 
 
-def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted, make_run):
+def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted, make_run, undisturbed):
     seen = []
 
     class Watch(TrainerCallback):
@@ -709,10 +707,9 @@ def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted,
     assert seen == ["phase-2"]
     for number in (0, 1):
         assert on_disk(elsewhere.phase_folder(number)) == on_disk(interrupted.phase_folder(number))
-    undisturbed = make_run(folder="undisturbed", push_to_hub=False)
-    undisturbed.run()
-    assert same(weights(elsewhere, 2), weights(undisturbed, 2))
-    results = [json.loads((run.folder / "results.json").read_text()) for run in (elsewhere, undisturbed)]
+    whole = undisturbed(max_steps=2)
+    assert same(weights(elsewhere, 2), weights(whole, 2))
+    results = [json.loads((run.folder / "results.json").read_text()) for run in (elsewhere, whole)]
     assert results[0]["matrix"] == results[1]["matrix"]
     assert commits(hub, "main")[-3:] == ["Phase 1: part 1", "The run goes on", "Phase 2: part 2"]
     records = [json.loads((run.folder / "run.json").read_text()) for run in (elsewhere, interrupted)]
@@ -789,13 +786,11 @@ def test_checkpoint_of_a_phase_lies_on_its_branch_with_a_card(hub, with_checkpoi
 
 
 @pytest.mark.parametrize(("asked", "step"), [(True, 4), (False, None)])
-def test_published_checkpoint_is_taken_up_when_asked(hub, with_checkpoint, make_run, asked, step):
+def test_published_checkpoint_is_taken_up_when_asked(hub, with_checkpoint, make_run, undisturbed, asked, step):
     elsewhere = make_run(folder="elsewhere", resume_from_hub=asked, **CHECKPOINTS)
     elsewhere.run()
     assert training(elsewhere, 2).get("resumed_at_step") == step
-    undisturbed = make_run(folder="undisturbed", push_to_hub=False, max_steps=5)
-    undisturbed.run()
-    assert same(weights(elsewhere, 2), weights(undisturbed, 2))
+    assert same(weights(elsewhere, 2), weights(undisturbed(max_steps=5), 2))
     published = content(hub, "phase-2")
     assert not [path for path in published if path.startswith("last-checkpoint")]
     assert published["README.md"] == (elsewhere.phase_folder(2) / "README.md").read_bytes()
