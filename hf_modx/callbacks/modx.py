@@ -31,7 +31,8 @@ class ModX(LossCallback):
     over kept rows, of which each, half the variance of the change of its cosines, does not depend on N; and `kept`
     falls with N, since the old model must find a partner among more candidates. With `reference_batch_size` R the
     weight in a batch of N is `alpha * (R kept_R) / (N kept_N)`: what alpha is in a batch of R. `kept_R` is counted in
-    the batch itself, cut into batches of R, the same on any number of processes; in a batch smaller than R it cannot be, and the weight is `alpha * R / N`.
+    the batch itself, cut into batches of R, the same ones on any number of processes; in a batch smaller than R it
+    cannot be, and the weight is `alpha * R / N`.
 
     Args:
         alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size. Or
