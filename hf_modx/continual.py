@@ -150,7 +150,10 @@ class ContinualRun:
         self.tests.follow(self.stream)
         self.table = TableOfRun([phase.name for phase in self.stream], self.tests)
         learned_at = self.tests.learned_at()
-        self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
+        metrics = {name: known for name, (_, known) in self.tests.measurements().items()}
+        self.retention = RetentionTests(
+            self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream), metrics
+        )
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, stream)
@@ -339,7 +342,7 @@ class ContinualRun:
             trainer.add_callback(callback)
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         self._restore_state(trainer, starts_from)
-        self.retention.watch(number, self.tests.tables())
+        self.retention.watch(number, {name: test for name, (test, _) in self.tests.measurements().items()})
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
@@ -361,7 +364,8 @@ class ContinualRun:
 
     def _require_room(self, number: int, trainer: ModXTrainer) -> None:
         there = size_of(checkpoints_folder(self.folder, number))
-        require_room(self.folder, bytes_of_phase(trainer.model, trainer.args) - there, f"Phase {number}")
+        needed = bytes_of_phase(trainer.model, trainer.args, trainer.loss_callbacks)
+        require_room(self.folder, needed - there, f"Phase {number}")
 
     def _restore_state(self, trainer: ModXTrainer, number: int) -> None:
         """Give the loss callbacks what they knew after phase `number`, which is what they go on from."""

@@ -39,7 +39,7 @@ from huggingface_hub.hf_api import RepoFile
 from .files import as_json, read_json, write_json
 from .hub_faults import HubAccessError, HubError, RepositoryConflict, insist, limit_silence
 from .identity import refused_changes
-from .run_folder import RECORD
+from .run_folder import PUBLISHED, RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class HubPublisher:
         self.folder, self.private = folder, private
         self.token = (token or get_token() or "").strip() or None
         self.api = HfApi(token=self.token)
-        known = read_json(folder / "hub.json") or {}
+        known = read_json(folder / PUBLISHED) or {}
         is_known = repo_id in (known.get("repo_id"), known.get("repo_id", "").split("/")[-1])
         self._known = known if is_known else {}
         self.repo_id = self._known.get("repo_id", repo_id)
@@ -182,6 +182,9 @@ class HubPublisher:
         A new folder of the same settings goes on with a run that another has begun. Should the other still run
         somewhere, it is refused at its next upload. Of two that come at once only one gets in.
 
+        Where the run was asked to forget pairs since, the repository is told how often, and what is published of a
+        phase that is not complete is removed: it was begun with them.
+
         Args:
             record: `run_id`, `writer` and `identity` of the run, to become `run.json`.
             is_new: nothing is trained in the folder.
@@ -225,6 +228,10 @@ class HubPublisher:
             self._bring(
                 "main", {RECORD: as_json(record).encode(), CARD: BEGUN.encode()}, "A continual run begins", None
             )
+        elif _deletions(record) > _deletions(found):
+            for number in {_phase_of(name) for name in heads} - {_phase_of(name) for name in tags} - {-1}:
+                self._insist(partial(self._remove, number))  # begun with what is to be forgotten
+            self._bring("main", {RECORD: as_json(record).encode()}, "Pairs are to be forgotten", None)
         elif not _is_writer(record, found):
             self._bring("main", {RECORD: as_json(record).encode()}, "The run goes on", None)
 
@@ -545,7 +552,7 @@ class HubPublisher:
         phases = dict(sorted(self.published.items()))
         self._known = {**self._known, "repo_id": self.repo_id, "phases": phases, **changed}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "hub.json", self._known)
+        write_json(self.folder / PUBLISHED, self._known)
 
 
 def _tag(number: int) -> str:
@@ -565,6 +572,11 @@ def _complete(tags: Mapping[str, str]) -> dict[int, str]:
     while _tag(len(found)) in tags:
         found[len(found)] = tags[_tag(len(found))]
     return found
+
+
+def _deletions(record: Mapping[str, Any]) -> int:
+    """How often the run was asked to forget pairs."""
+    return record["identity"].get("deletions", 0)
 
 
 def _is_writer(record: Mapping[str, Any], found: Mapping[str, Any] | None) -> bool:

@@ -8,12 +8,14 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
+from jinja2 import Template
 
 from .adapter import has_adapter
 from .callbacks import LossCallback
@@ -392,9 +394,8 @@ def _render(
     is_sigmoid = model_type(config) in SIGMOID
     positions = config.get("text_config", {}).get("max_position_embeddings", 0)
     enough = positions >= (SIGMOID_POSITIONS if is_sigmoid else PIPELINE_POSITIONS)
-    card = ModelCard.from_template(
-        metadata,
-        template_str=TEMPLATE.read_text(encoding="utf-8"),
+    card = _template().render(
+        card_data=metadata.to_yaml(),
         location=location,
         is_published=is_published,
         base_location=_location(*adapter_base) if adapter_base is not None else None,
@@ -403,7 +404,12 @@ def _render(
         has_pipeline=enough and has_zero_shot_pipeline(config) and adapter_base is None,
         **sections,
     )
-    return str(card).rstrip() + "\n"
+    return card.rstrip() + "\n"
+
+
+@cache
+def _template() -> Template:
+    return Template(TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _location(name: str, revision: str | None) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,10 @@ class RetentionTests:
         asked: names of tests, comma-separated; None: in each phase the tests of what was learned before it.
         learned_at: name -> the phase that teaches the test, 0 being the base; no number: none does alone.
         phases: their number.
+        metrics: name -> those of the test.
 
     Raises:
-        ValueError: there is no such test, or no phase has an old test.
+        ValueError: there is no such test, one of them does not have the metric, or no phase has an old test.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class RetentionTests:
         asked: str | None,
         learned_at: Mapping[str, int | str | None],
         phases: int,
+        metrics: Mapping[str, Sequence[str]],
     ):
         self.budgets = [callback for callback in callbacks if isinstance(callback, RetentionBudget)]
         self.asked = None if asked is None else names_of(asked)
         self.learned_at = learned_at
         if self.budgets:
             self._check(phases)
+            self._check_metrics({name for number in range(1, phases + 1) for name in self.of_phase(number)}, metrics)
 
     def _check(self, phases: int) -> None:
         unknown = [name for name in self.asked or () if name not in self.learned_at]
@@ -74,6 +77,15 @@ class RetentionTests:
                 "max_forgetting needs something that can be forgotten: no phase has a test of what was learned before "
                 "it. Name one of the tests, or a data set, in retention_dataset."
             )
+
+    def _check_metrics(self, watched: Container[str], metrics: Mapping[str, Sequence[str]]) -> None:
+        for wanted in [budget.metric for budget in self.budgets if budget.metric is not None]:
+            for name, known in metrics.items():
+                if name in watched and wanted not in known:
+                    raise ValueError(
+                        f"The test {name!r} has no metric {wanted!r} (retention_metric). It has {', '.join(known)}. "
+                        "Take one that all tests of the budget have, or name in retention_dataset those that have it."
+                    )
 
     def of_phase(self, number: int) -> list[str]:
         """Names of the tests."""

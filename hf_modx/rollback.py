@@ -27,6 +27,7 @@ from .identity import setting_changes
 from .run_folder import (
     JOURNAL,
     MEMORY,
+    PUBLISHED,
     RECORD,
     RESULTS,
     finished_rows,
@@ -37,7 +38,6 @@ from .run_folder import (
 
 logger = logging.getLogger(__name__)
 
-HUB_FILE = "hub.json"
 PLACES = ("", "checkpoints", "state", MEMORY)
 """Folders of a run in which something is named after a phase."""
 
@@ -68,7 +68,7 @@ def rollback(run: Path, number: int) -> list[str]:
     deletions = Deletions(run, ("", ""))  # which asks for no columns
     record = _record_after(record, number, len(deletions))
     results = _results_after(read_json(run / RESULTS), number) | deletions.results(number)
-    published = read_json(run / HUB_FILE)
+    published = read_json(run / PUBLISHED)
     if published is None:
         write_json(run / JOURNAL, {"to": number})
     else:

@@ -13,6 +13,8 @@ from .files import has_whole_seal, read_json
 logger = logging.getLogger(__name__)
 
 RECORD, RESULTS, MEMORY = "run.json", "results.json", "memory"
+PUBLISHED = "hub.json"
+"""What is known to be published, and where."""
 JOURNAL = "rollback.json"
 """There while a rollback is not finished, and where to."""
 DELETED = "deleted.json"
