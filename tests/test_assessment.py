@@ -16,8 +16,7 @@ from hf_modx import Phase, build_recipe
 from hf_modx.assessment import Assessment, Duplicates, Shift, advise, assess, measure_cost, rows_kept
 from hf_modx.cli import main
 from hf_modx.data import PairCollator
-from hf_modx.demo import DEMO_DEFAULTS, trained_base
-from hf_modx.demo_streams import DEMO_STREAMS
+from hf_modx.demo import DEMO_DEFAULTS, DEMO_STREAMS, trained_base
 from hf_modx.evaluation import EncodedPairs, Encoder
 from hf_modx.pretrained import load_dual_encoder
 
