@@ -6,7 +6,8 @@ import datasets
 import pytest
 
 from hf_modx import PhaseStream
-from hf_modx.demo_streams import DEMO_STREAMS, GROUPS
+from hf_modx.demo import DEMO_STREAMS
+from hf_modx.demo.streams import GROUPS
 
 from tiny import tiny_pairs
 

@@ -15,10 +15,10 @@ from transformers import AutoModel, CLIPModel, TrainerCallback
 from hf_modx import ContinualRun, ModXTrainer, ModXTrainingArguments, PhaseStream
 from hf_modx.adapter import add_adapter, has_adapter, merged
 from hf_modx.callbacks import EWC, Contrastive, ReferenceDistillation, WeightEnsemble, WiseFT
-from hf_modx.identity import changes
 from hf_modx.merging import merge_models
 from hf_modx.model_card import phase_card, write_card_of_run
 from hf_modx.pretrained import load_dual_encoder
+from hf_modx.run.identity import changes
 from hf_modx.trained_weights import leaves_of_trained_weights, set_trained_weights, trained_weights
 
 from card_schema import card_problems
@@ -224,7 +224,7 @@ def test_adapter_of_a_checkpoint_names_no_path(finished):
 
 
 def test_adapter_of_a_phase_loads_from_its_revision(run, hub, monkeypatch):
-    monkeypatch.setattr("hf_modx.hub_faults.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
     continual = run(lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
     base = CLIPModel.from_pretrained("owner/clip", revision="phase-0")
     adapted = peft.PeftModel.from_pretrained(base, "owner/clip", revision="phase-2")
@@ -236,7 +236,7 @@ def test_adapter_of_a_phase_loads_from_its_revision(run, hub, monkeypatch):
 
 
 def test_run_goes_on_from_the_adapter_of_a_revision(run, hub, monkeypatch):
-    monkeypatch.setattr("hf_modx.hub_faults.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
     first = run(lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
     second = run(folder="second", start="owner/clip", revision="phase-1", lora_merge=False)
     assert same(weights(second, 0), first._load_phase(1).state_dict())

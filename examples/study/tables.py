@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_modx import callbacks
-from hf_modx.card_metadata import metric_name
 from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.files import read_json, write_json, write_text
 from hf_modx.model_card import write_card_of_run
+from hf_modx.model_card.metadata import metric_name
 from hf_modx.plots import draw_curves, draw_tradeoffs
 
 STUDY, FAILED = "study.json", "failed.json"

@@ -7,10 +7,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data import PairCollator
+from ..data.loading import load_table
+from ..data.overlap import image_digests
 from ..embeddings import PairEmbeddings
-from ..load_data import load_table
 from ..losses.reference import reference_distillation
-from ..overlap import image_digests
 from ..phases import content_fingerprint
 from ..pretrained import load_dual_encoder
 from .base import LossCallback, LossContext, PhaseBoundary
