@@ -21,32 +21,28 @@ from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_budget, check_recipe, replay_of
-from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
+from .data.image_cache import cache_resized_images
 from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
-from .disorder_of_run import DisorderOfRun, training_sample
 from .distributed import on_each_process, on_main_process
 from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.suite import EvaluationTest
 from .files import publish_file, publish_folder, read_json, write_json
-from .finite import require_finite_weights
-from .hub import Revision
-from .hub_run import RunOnHub
-from .identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
-from .image_cache import cache_resized_images
+from .hub.publisher import Revision
+from .hub.run import RunOnHub
 from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .pretrained import load_model
-from .provenance import adapter_base, data_source, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
-from .retention_of_run import RetentionTests, retention_budget, stopped_early
 from .rollback import history_in_words, reopen
-from .run_folder import (
+from .run.cross_phase import CrossPhaseOfRun
+from .run.disorder import DisorderOfRun, training_sample
+from .run.folder import (
     MEMORY,
     RECORD,
     RESULTS,
@@ -59,14 +55,18 @@ from .run_folder import (
     refuse_unfinished_rollback,
     state_file,
 )
-from .stream_checks import StreamChecks
-from .table_of_run import TableOfRun
-from .teacher_cache import CachedTeacher
-from .tests_of_run import TestsOfRun
-from .tracking import track_as_one_run
+from .run.identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
+from .run.provenance import adapter_base, data_source, model_source
+from .run.results import TableOfRun
+from .run.retention import RetentionTests, retention_budget, stopped_early
+from .run.stream_checks import StreamChecks
+from .run.test_sets import TestsOfRun
+from .run.tracking import track_as_one_run
+from .run.training_log import training_record
+from .teacher.cache import CachedTeacher
 from .trainer import ModXTrainer
+from .training.finite import require_finite_weights
 from .training_args import ModXTrainingArguments
-from .training_log import training_record
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class ContinualRun:
     finished run with MORE phases trains only the new ones.
 
     With `args.push_to_hub` every finished phase becomes a revision of one repository on the Hub before the next one
-    begins (see `hub.py`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
+    begins (see `hf_modx.hub`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
     published is tried again after each phase, at the end, and when `run` is called again.
 
     With `args.peft` each phase trains a fresh adapter on what it starts from. At its end the adapter is merged; or,
@@ -150,7 +150,10 @@ class ContinualRun:
         self.tests.follow(self.stream)
         self.table = TableOfRun([phase.name for phase in self.stream], self.tests)
         learned_at = self.tests.learned_at()
-        self.retention = RetentionTests(self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream))
+        metrics = {name: known for name, (_, known) in self.tests.measurements().items()}
+        self.retention = RetentionTests(
+            self.loss_callbacks, args.retention_dataset, learned_at, len(self.stream), metrics
+        )
         for callback in self.loss_callbacks:
             callback.start_run(self.stream.base.train if self.stream.base is not None else None)
         self.identity = run_identity(self.recipe_name, self.loss_callbacks, args, stream)
@@ -339,7 +342,7 @@ class ContinualRun:
             trainer.add_callback(callback)
         logger.info("Phase %d of %d: %s, %d pairs", number, len(self.stream), phase.name, len(trainer.train_dataset))
         self._restore_state(trainer, starts_from)
-        self.retention.watch(number, self.tests.tables())
+        self.retention.watch(number, {name: test for name, (test, _) in self.tests.measurements().items()})
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
@@ -361,7 +364,8 @@ class ContinualRun:
 
     def _require_room(self, number: int, trainer: ModXTrainer) -> None:
         there = size_of(checkpoints_folder(self.folder, number))
-        require_room(self.folder, bytes_of_phase(trainer.model, trainer.args) - there, f"Phase {number}")
+        needed = bytes_of_phase(trainer.model, trainer.args, trainer.loss_callbacks)
+        require_room(self.folder, needed - there, f"Phase {number}")
 
     def _restore_state(self, trainer: ModXTrainer, number: int) -> None:
         """Give the loss callbacks what they knew after phase `number`, which is what they go on from."""

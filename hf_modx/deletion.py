@@ -1,7 +1,8 @@
 """Pairs that a run is asked to forget: they leave the replay memory and are kept out of what is trained from then on.
 
 What a phase has learned stays in its weights: the models of phases that were trained on a pair may still know it.
-Tests are not touched, nor what lies outside the run's folder, as an image cache or the data themselves.
+Tests are not touched, nor what lies outside the run's folder, as an image cache or the data themselves. No pairs are
+published with a run, so its repository on the Hub has only to know that it was asked.
 """
 
 import logging
@@ -14,10 +15,12 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
+from .data.overlap import image_digest, image_digests
 from .files import publish_folder, read_json, write_json
-from .overlap import image_digest, image_digests
+from .hub.faults import HubError, RepositoryConflict
+from .hub.publisher import HubPublisher
 from .phases import PhaseStream
-from .run_folder import DELETED, MEMORY, RECORD, finished_rows, refuse_unfinished_rollback
+from .run.folder import DELETED, MEMORY, PUBLISHED, RECORD, finished_rows, refuse_unfinished_rollback
 
 logger = logging.getLogger(__name__)
 
@@ -197,4 +200,37 @@ def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ())
     refuse_unfinished_rollback(run)
     settings = record["identity"]["hyperparameters"]
     deletions = Deletions(run, (settings["image_column"], settings["pair_id_column"]))
-    return deletions.add(pair_ids, [image_digest(path.read_bytes()) for path in images])
+    request = deletions.add(pair_ids, [image_digest(path.read_bytes()) for path in images])
+    record["identity"]["deletions"] = len(deletions)
+    write_json(run / RECORD, record)
+    return request
+
+
+def tell_hub(run: Path) -> str | None:
+    """Let the repository of a run know how often the run was asked: from then on no folder goes on with it that was
+    not. What is published of a phase begun is removed. The run's next start does the same.
+
+    Returns:
+        The name of the repository; None where the run was never published.
+
+    Raises:
+        RepositoryConflict: another folder has gone on with the run on the Hub, or is publishing.
+        HubError: the Hub refuses it, or does not answer.
+    """
+    published = read_json(run / PUBLISHED)
+    if published is None:
+        return None
+    publisher = HubPublisher(published["repo_id"], run)
+    publisher.lock()
+    try:
+        publisher.claim(read_json(run / RECORD), is_new=False)
+    except RepositoryConflict as error:
+        raise RepositoryConflict(f"{error} Ask that folder to forget the pairs, too.") from None
+    except HubError as error:
+        raise HubError(
+            f"{publisher.repo_id} does not know of it yet; the run tells it as soon as it goes on with push_to_hub. "
+            f"{error}"
+        ) from None
+    finally:
+        publisher.unlock()
+    return publisher.repo_id

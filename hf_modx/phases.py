@@ -128,7 +128,7 @@ class PhaseStream:
             ValueError: the stream has a base already, or a column is missing.
             TypeError: a column of a wrong type.
         """
-        from .replay_dataset import like_stream  # which knows what a stream is
+        from .data.replay_dataset import like_stream  # which knows what a stream is
 
         if self.base is not None:
             raise ValueError(f"The stream has a base, {self.base.name!r}, whose pairs are replayed: give no others.")
@@ -300,7 +300,7 @@ class PhaseStream:
             ValueError: the parts do not have the same columns.
             HubError: the Hub refuses it, or does not answer.
         """
-        from .hub_stream import push_stream  # which knows what a stream is
+        from .hub.stream import push_stream  # which knows what a stream is
 
         return push_stream(self, repo_id, private=private, token=token)
 
@@ -321,7 +321,7 @@ class PhaseStream:
             RepositoryNotFoundError, RevisionNotFoundError: there is no such data set, or no such revision.
             HubError: the Hub does not answer.
         """
-        from .hub_stream import load_stream  # which knows what a stream is
+        from .hub.stream import load_stream  # which knows what a stream is
 
         return load_stream(repo_id, revision=revision, token=token)
 

@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from .deletion import Deletions
 from .evaluation import EvaluationMatrix
 from .files import publish_file, read_json, write_json
-from .hub import HubPublisher
-from .hub_run import revision_of_phase
-from .identity import setting_changes
-from .run_folder import (
+from .hub.publisher import HubPublisher
+from .hub.run import revision_of_phase
+from .run.folder import (
     JOURNAL,
     MEMORY,
+    PUBLISHED,
     RECORD,
     RESULTS,
     finished_rows,
@@ -34,10 +34,10 @@ from .run_folder import (
     refuse_unfinished_rollback,
     state_file,
 )
+from .run.identity import setting_changes
 
 logger = logging.getLogger(__name__)
 
-HUB_FILE = "hub.json"
 PLACES = ("", "checkpoints", "state", MEMORY)
 """Folders of a run in which something is named after a phase."""
 
@@ -68,7 +68,7 @@ def rollback(run: Path, number: int) -> list[str]:
     deletions = Deletions(run, ("", ""))  # which asks for no columns
     record = _record_after(record, number, len(deletions))
     results = _results_after(read_json(run / RESULTS), number) | deletions.results(number)
-    published = read_json(run / HUB_FILE)
+    published = read_json(run / PUBLISHED)
     if published is None:
         write_json(run / JOURNAL, {"to": number})
     else:

@@ -22,18 +22,13 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput, rotate_checkpoints, speed_metrics
 
 from .adapter import add_adapter
-from .beside_model import (
-    LOSS_CALLBACKS_NAME,
-    read_beside_adapter,
-    read_loss_callbacks,
-    read_trained_along,
-    write_loss_callbacks,
-    write_trained_beside,
-)
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
 from .callbacks.base import BatchGradient, PhaseBoundary
 from .callbacks.contrastive import contrastive_loss
-from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
+from .data import PairCollator, PairDataset
+from .data.pair_groups import Arrangement, arrangement_for
+from .data.pairs import NumberedRows, NumberingCollator
+from .data.sampling import GlobalBatches
 from .disk import removed_on_failure
 from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
 from .embeddings import (
@@ -43,21 +38,34 @@ from .embeddings import (
     embedding_width,
     pair_embeddings,
 )
-from .energy import EnergyMeter
-from .engines import check_engine
 from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
 from .evaluation.retrieval import retrieval_metrics
 from .evaluation.suite import LabelTest, Measured
 from .files import SEAL, seal, write_text
-from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
 from .gradcache import GradientCache, join_batches
-from .hub_faults import describe
-from .learning_rates import give_own_learning_rate
-from .log_means import LogMeans
-from .lost_processes import PatientBatches, told_of_lost_processes
+from .hub.faults import describe
 from .model_card import trainer_card
-from .pair_groups import Arrangement, arrangement_for
-from .ready_batch import (
+from .recipes import Part, build_recipe
+from .replay import Replay, StoredEmbeddings
+from .teacher import Teacher, teacher_of
+from .teacher.cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
+from .trained_weights import leaves_of_trained_weights, trained_weights
+from .training.callback_modules import TrainedAlong
+from .training.checkpoint import (
+    LOSS_CALLBACKS_NAME,
+    read_beside_adapter,
+    read_loss_callbacks,
+    read_trained_along,
+    write_loss_callbacks,
+    write_trained_beside,
+)
+from .training.energy import EnergyMeter
+from .training.engines import check_engine
+from .training.finite import is_finite_everywhere, require_finite_weights, why_not_finite
+from .training.learning_rates import give_own_learning_rate
+from .training.log_means import LogMeans
+from .training.lost_processes import PatientBatches, told_of_lost_processes
+from .training.step_batch import (
     ReadyBatch,
     first_occurrences,
     gather_pairs,
@@ -66,13 +74,6 @@ from .ready_batch import (
     tensors_of,
     with_extra_inputs,
 )
-from .recipes import Part, build_recipe
-from .replay import Replay, StoredEmbeddings
-from .sampling import GlobalBatches
-from .teacher import Teacher, teacher_of
-from .teacher_cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
-from .trained_along import TrainedAlong
-from .trained_weights import leaves_of_trained_weights, trained_weights
 from .training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
 from hf_modx.files import seal
-from hf_modx.run_folder import last_complete_checkpoint
+from hf_modx.run.folder import last_complete_checkpoint
 
 from tiny import quick_arguments, tiny_clip, tiny_pairs
 

@@ -7,18 +7,23 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
+from test_hub import REPO, branches, content, short_waits  # noqa: F401 - a fixture
+from test_rollback import make_up_run, publish
 
 from hf_modx import Phase, PhaseStream
 from hf_modx.cli import main
 from hf_modx.cli.forget import ids_in
 from hf_modx.deletion import Deletions, forget
-from hf_modx.identity import changes
+from hf_modx.hub.faults import RepositoryConflict
+from hf_modx.hub.publisher import HubPublisher, Revision
+from hf_modx.run.identity import changes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from test_replay_runs import run as replay_run  # noqa: F401
 
 import continual_clip
+from hub_server import Faults
 from test_continual import StopAt, make_stream, same, weights
 from tiny import picture, tiny_pairs
 
@@ -243,3 +248,54 @@ def test_fewer_rows_are_no_change_only_where_a_deletion_was_asked():
     assert changes(before, {**now, "deletions": 1}) == []
     more = {**now, "deletions": 1, "phases": [{"name": "a", "rows": 10, "data": "y"}]}
     assert len(changes(before, more)) == 1
+
+
+# --- on the Hub ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(hub, tmp_path):
+    """A published run of one phase, of whose second one a checkpoint is published."""
+    folder = tmp_path / "run"
+    make_up_run(folder, 1)
+    record = json.loads((folder / "run.json").read_text())
+    record["identity"]["hyperparameters"] = {"image_column": "image", "pair_id_column": "pair_id"}
+    (folder / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(folder / "memory")
+    publish(folder)
+    publisher = HubPublisher(REPO, folder)
+    publisher.claim(record, is_new=False)
+    files = {"last-checkpoint/model.safetensors": b"knows the pair", "run.json": b"{}"}
+    publisher.push_checkpoint(Revision(2, 1, "Phase 2, step 5 of 9", files))
+    return folder
+
+
+def asked_on_hub(hub):
+    return json.loads(content(hub, "main")["run.json"])["identity"].get("deletions", 0)
+
+
+def test_hub_learns_at_once_what_was_asked(hub, published, tmp_path, capsys):
+    heads, before = branches(hub), content(hub, "main")
+    assert main(["forget", str(published), "--pair_id", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"{REPO} on the Hub knows that it was asked" in out and "hf-modx rollback" in out
+    after = branches(hub)
+    assert set(heads) - set(after) == {"phase-2"} and asked_on_hub(hub) == 1
+    assert all(after[name] == heads[name] for name in after if name != "main")
+    now = content(hub, "main")
+    assert {**now, "run.json": before["run.json"]} == before and "3" not in str(json.loads(now["run.json"]))
+    record = {**json.loads((published / "run.json").read_text()), "writer": "other", "run_id": "s"}
+    record["identity"].pop("deletions")
+    with pytest.raises(RepositoryConflict, match="asked 1 times to forget pairs"):
+        HubPublisher(REPO, tmp_path / "elsewhere").claim(record, is_new=True)
+
+
+def test_hub_that_does_not_answer_learns_of_it_when_the_run_goes_on(hub, published, capsys):
+    hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/main|/branch/")
+    assert main(["forget", str(published), "--pair_id", "3"]) == 1
+    said = capsys.readouterr()
+    assert "1 ids and 0 images asked for" in said.out and "does not know of it yet" in said.err
+    assert asked_on_hub(hub) == 0 and len(Deletions(published, COLUMNS)) == 1
+    hub.faults = Faults()
+    publish(published)
+    assert asked_on_hub(hub) == 1 and "phase-2" not in branches(hub)

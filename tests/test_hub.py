@@ -25,10 +25,10 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback
 
 from hf_modx import ContinualRun, ModXTrainer, PhaseStream
-from hf_modx.hub import HubPublisher, Revision
-from hf_modx.hub_faults import HubAccessError, HubError, RepositoryConflict, limit_silence
-from hf_modx.hub_run import UnpublishedPhases
-from hf_modx.hub_stream import NotAStream
+from hf_modx.hub.faults import HubAccessError, HubError, RepositoryConflict, limit_silence
+from hf_modx.hub.publisher import HubPublisher, Revision
+from hf_modx.hub.run import UnpublishedPhases
+from hf_modx.hub.stream import NotAStream
 from hf_modx.phases import content_fingerprint
 
 from hub_fixtures import TESTS, run_with_hub
@@ -49,8 +49,8 @@ SEEDS = int(os.environ.get("FAULT_SEEDS", "2"))
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
     """Ours, and those of the client between its own attempts."""
-    monkeypatch.setattr("hf_modx.hub_faults.FIRST_WAIT", 0.01)
-    monkeypatch.setattr("hf_modx.hub.LOCK_WAIT", 0.2)
+    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hf_modx.hub.publisher.LOCK_WAIT", 0.2)
     sleep = time.sleep
     quick = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 100))
     monkeypatch.setattr("huggingface_hub.utils._http.time", quick)

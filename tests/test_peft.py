@@ -15,10 +15,10 @@ from transformers import AutoModel, CLIPModel, TrainerCallback
 from hf_modx import ContinualRun, ModXTrainer, ModXTrainingArguments, PhaseStream
 from hf_modx.adapter import add_adapter, has_adapter, merged
 from hf_modx.callbacks import EWC, Contrastive, ReferenceDistillation, WeightEnsemble, WiseFT
-from hf_modx.identity import changes
 from hf_modx.merging import merge_models
 from hf_modx.model_card import phase_card, write_card_of_run
 from hf_modx.pretrained import load_dual_encoder
+from hf_modx.run.identity import changes
 from hf_modx.trained_weights import leaves_of_trained_weights, set_trained_weights, trained_weights
 
 from card_schema import card_problems
@@ -229,7 +229,7 @@ PUBLISHED = {"lora_merge": False, "push_to_hub": True, "hub_model_id": "owner/cl
 @pytest.fixture
 def published(processor, hub, prepared, tmp_path, monkeypatch):
     """A published run that keeps its adapters, as it would be started again."""
-    monkeypatch.setattr("hf_modx.hub_faults.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
     folder = tmp_path / "published"
     prepared("adapters", hub, folder, lambda: make_run(folder, processor, **PUBLISHED).run())
     return make_run(folder, processor, **PUBLISHED)

@@ -6,16 +6,17 @@ import warnings
 import peft
 import pytest
 import torch
+from datasets import Dataset, Image
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.adapter import add_adapter
 from hf_modx.callbacks import RetentionBudget
-from hf_modx.card_keeping import kept_rows_notes, retention_notes
-from hf_modx.evaluation import RetrievalTest
-from hf_modx.phase_line import PhaseLine, require_line, snapshot
-from hf_modx.retention_of_run import load_retention_tests
+from hf_modx.evaluation import RetrievalTest, ZeroShotTest
+from hf_modx.interpolation import PhaseLine, require_line, snapshot
+from hf_modx.model_card.keeping import kept_rows_notes, retention_notes
+from hf_modx.run.retention import load_retention_tests
 from hf_modx.trained_weights import adapters_merged, trained_weights
 
 from launch import launch
@@ -434,6 +435,30 @@ def test_bad_settings_are_told_before_training(run, tmp_path):
     for metric in ("loss", "image_to_text_median_rank"):
         with pytest.raises(ValueError, match=f"Of {metric} less is better"):
             run(retention_metric=metric)
+
+
+def test_metric_that_a_test_does_not_have_is_told_before_anything_is_trained(known, processor, tmp_path):
+    """Also where only a later phase would ask for it."""
+    model = tiny_clip(processor)
+    labels = Dataset.from_dict({"image": tiny_pairs(4)["image"][:], "label": ["red", "green", "blue", "red"]})
+    labels = labels.cast_column("image", Image())
+    tests = {"colours": ZeroShotTest(labels, learned_at="wrong 1")}
+
+    def start(**changes):
+        return ContinualRun(
+            unlearning_stream(2), "finetune", _args(tmp_path, max_steps=2, **changes), model=model,
+            processing_class=processor, tests=tests,
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="The test 'colours' has no metric 'image_to_text_mrr'"):
+        start()
+    with pytest.raises(ValueError, match="no metric 'image_to_text_mrr@5' .*It has image_to_text_recall@1,"):
+        start(retention_metric="image_to_text_mrr@5", retention_dataset="right")
+    continual = start(retention_metric=None)
+    continual.run()
+    assert record(continual, 2)["tests"] == {
+        "right": "image_to_text_recall@1", "wrong 1": "image_to_text_recall@1", "colours": "zero_shot_top1"
+    }  # fmt: skip
 
 
 def test_budget_without_anything_old_is_refused(known, processor, tmp_path):

@@ -16,15 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
-from hf_modx.data import EpochSampler, PairCollator, PairDataset
+from hf_modx.data import PairCollator, PairDataset
+from hf_modx.data.pairs import EpochSampler
 from hf_modx.embeddings import check_dual_encoder, embed_pairs
 from hf_modx.teacher import AdapterOffTeacher, Teacher, adapter_is_fresh, teacher_of
-from hf_modx.teacher_cache import (
-    build_teacher_cache,
-    cache_obstacle,
-    caption_offsets,
-    choose_cache,
-)
+from hf_modx.teacher.cache import build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor

@@ -304,6 +304,25 @@ def test_without_a_source_the_base_is_the_reference(model, make_args, processor,
     assert largest_difference(tables(given), tables(default)) == 0
 
 
+def test_references_that_have_left_the_base_take_what_the_teacher_said_along(make_args, processor, pairs, reference):
+    before, later = ReferenceDistillation(), ReferenceDistillation()
+    before.start_run(reference)
+    train(tiny_clip(processor), make_args(max_steps=1), processor, pairs, [Contrastive(), before])
+    staying = [row for row in range(12) if row != 3]
+    later.start_run(reference.select(staying))
+    later.load_state_dict(before.state_dict())
+    train(tiny_clip(processor, seed=1), make_args(max_steps=1), processor, pairs, [Contrastive(), later])
+    gone = reference[3]["caption"]
+    texts = [place for place, text in enumerate(before._texts) if text not in gone]
+    for side, rows in (("image", staying), ("text", texts)):
+        assert torch.equal(tables(later)[side], tables(before)[side][rows])
+    strange = ReferenceDistillation()
+    strange.start_run(pairs.select(range(3)))
+    strange.load_state_dict(before.state_dict())
+    with pytest.raises(ValueError, match="other pairs than the teacher was asked about"):
+        train(tiny_clip(processor), make_args(max_steps=1), processor, pairs, [Contrastive(), strange])
+
+
 @pytest.mark.parametrize("start", [lambda c: c.start_run(None), lambda c: c.start_phase(None)])
 def test_no_reference_at_all_is_refused_with_the_remedy(start):
     with pytest.raises(ValueError, match=r'no reference images.*Give images="'):

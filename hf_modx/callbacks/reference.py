@@ -1,6 +1,7 @@
 """Reference images and texts: what a frozen teacher is asked about while the student learns something else."""
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data import PairCollator, as_captions
+from ..data.images import to_rgb
+from ..data.loading import with_images
 from ..distributed import all_gather_rows, on_each_process, process_index, world_size
 from ..embeddings import embed_images, embed_texts
-from ..images import to_rgb
-from ..load_data import with_images
 
 
 def reference_images(table: Dataset, column: str) -> Dataset:
@@ -36,6 +37,12 @@ def reference_texts(table: Dataset, column: str) -> list[str]:
     if not texts:
         raise ValueError(f"Column {column!r} holds no texts.")
     return texts
+
+
+def row_keys(contents: Iterable[bytes]) -> Tensor:
+    """(N,) 63-bit hashes of the contents of N rows."""
+    digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
 
 def _column(table: Dataset, column: str) -> Dataset:

@@ -2,17 +2,19 @@
 
 import os
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
 from ..data import PairCollator
+from ..data.loading import load_table
+from ..data.overlap import image_digests
 from ..embeddings import PairEmbeddings
-from ..load_data import load_table
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
 from ..pretrained import load_dual_encoder
 from .base import LossCallback, LossContext, PhaseBoundary
-from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts
+from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts, row_keys
 
 IMAGES, TEXTS = 1, 2  # set the draws apart from each other and from those of the training data
 
@@ -31,6 +33,7 @@ class ReferenceDistillation(LossCallback):
 
     Any images and any texts will do; they should share nothing with any phase or test. Without a source of its own it
     takes the pairs of the stream's base, which is more than the original has: these are what the teacher has learned.
+    Where some of them are gone in a later phase, as on request, what the teacher has said of them goes too.
 
     The teacher embeds all reference images and texts once and leaves memory: R images and M texts of width D cost
     4 (R + M) D bytes, in memory and in every checkpoint. So reference images are not augmented. Which of them a step
@@ -124,7 +127,9 @@ class ReferenceDistillation(LossCallback):
         self._drawn_images = Draw(len(self._images), self.images_per_step, (seed, IMAGES))
         self._drawn_texts = Draw(len(self._texts), self.texts_per_step or len(self._texts), (seed, TEXTS))
         if self.teacher == "previous" or not self._tables:
-            self._tables = self._ask_teacher(phase)
+            self._tables = self._ask_teacher(phase) | self._keys()
+        elif any(len(self._tables[side]) != number for side, number in self._sizes().items()):
+            self._leave_out_what_is_gone()
 
     def _refuse_no_data(self) -> None:
         if self._base is None and (self._images is None or self._texts is None):
@@ -133,6 +138,25 @@ class ReferenceDistillation(LossCallback):
                 'from. Give images="..." (a data set on the Hub, a save_to_disk folder or a parquet file; any images '
                 'will do) and, if the texts do not stand beside them, texts="...".'
             )
+
+    def _sizes(self) -> dict[str, int]:
+        return {"image": len(self._images), "text": len(self._texts)}
+
+    def _keys(self) -> dict[str, Tensor]:
+        """By which a reference is known again where others have left the base."""
+        (column,) = self._images.column_names
+        images, texts = image_digests(self._images, column), [text.encode() for text in self._texts]
+        return {"image_keys": row_keys(images), "text_keys": row_keys(texts)}
+
+    def _leave_out_what_is_gone(self) -> None:
+        """Of pairs that a run was asked to forget, what the teacher had said of them goes too."""
+        for name, keys in self._keys().items():
+            side = name.removesuffix("_keys")
+            places = {key: place for place, key in enumerate(self._tables[name].tolist())}
+            if not all(key in places for key in keys.tolist()):
+                raise ValueError("The base holds other pairs than the teacher was asked about. Give the ones it had.")
+            staying = torch.tensor([places[key] for key in keys.tolist()])
+            self._tables |= {name: keys, side: self._tables[side][staying.to(self._tables[side].device)]}
 
     def _ask_teacher(self, phase: PhaseBoundary) -> dict[str, Tensor]:
         model, collator = phase.model, phase.collator

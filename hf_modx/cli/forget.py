@@ -2,7 +2,11 @@
 
 Takes them out of the replay memory and keeps them out of the training data of all phases that come, whether the data
 still hold them or not. A phase that was begun starts again without them. results.json and the cards of later phases
-count them and never name them. Models of phases that were trained before may still know them. Stop the run first.
+count them and never name them. Models of phases that were trained before may still know them; hf-modx rollback and the
+training command train them again without. Stop the run first.
+
+No pairs are published with a run. Its repository on the Hub is told how often the run was asked, so that nobody goes
+on with it elsewhere who does not know of it, and loses the checkpoint of a phase begun.
 
     hf-modx forget runs/modx_plus --pair_id 1017 2044
     hf-modx forget runs/modx_plus --image portrait.jpg --pair_id_file requests.txt
@@ -11,7 +15,7 @@ count them and never name them. Models of phases that were trained before may st
 import argparse
 from pathlib import Path
 
-from ..deletion import forget
+from ..deletion import forget, tell_hub
 
 IMAGE = "pairs of these images, byte for byte as the data store them; a memory filled from --image_cache needs ids"
 
@@ -29,7 +33,11 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(request.pair_ids)} ids and {len(request.images)} images asked for.")
     print(f"{request.from_memory} rows taken out of the replay memory.")
     if request.after_phase:
-        print(f"The models of phases 1 to {request.after_phase} were trained before and may still know them.")
+        known = "phase 1" if request.after_phase == 1 else f"phases 1 to {request.after_phase}"
+        print(f"The models of {known} were trained before and may still know them. To train them again without:")
+        print(f"hf-modx rollback {options.run} --to phase-0, and the training command.")
+    if repository := tell_hub(options.run):
+        print(f"{repository} on the Hub knows that it was asked. It holds no pairs, and models as they are here.")
 
 
 def ids_in(file: Path) -> list[int]:

@@ -20,13 +20,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
-from ..card_metadata import metric_name
 from ..data import PairDataset
-from ..demo_streams import DEMO_STREAMS
+from ..data.loading import at_most, load_splits
+from ..demo import DEMO_STREAMS
 from ..evaluation import EncodedPairs, fit_alignments, index_recalls
 from ..files import as_json, write_json
-from ..load_data import at_most, load_splits
 from ..markdown import escaped, table
+from ..model_card.metadata import metric_name
 from ..phases import TEST, TRAIN
 from . import evaluate
 from .disorder import embeddings
