@@ -1,7 +1,8 @@
 """Continually fine-tune a CLIP model on image-caption data that arrives in phases.
 
-With no arguments: the built-in stream (drawings of the same concepts in one style after the other), a small CLIP
-trained on the first style, and Mod-X on the others. Needs `pip install "hf_modx[demo]"`, no network, no accelerator.
+With no arguments: the built-in stream, a small CLIP trained on its base (three artists' drawings of many concepts),
+and Mod-X on its phases (the same concepts in one new rendering each). Needs `pip install "hf_modx[demo]"`, no network,
+no accelerator.
 
     accelerate launch examples/continual_clip.py
 

@@ -367,7 +367,8 @@ class ContinualRun:
 
     def _require_room(self, number: int, trainer: ModXTrainer) -> None:
         there = size_of(checkpoints_folder(self.folder, number))
-        require_room(self.folder, bytes_of_phase(trainer.model, trainer.args) - there, f"Phase {number}")
+        needed = bytes_of_phase(trainer.model, trainer.args, trainer.loss_callbacks)
+        require_room(self.folder, needed - there, f"Phase {number}")
 
     def _restore_state(self, trainer: ModXTrainer, number: int) -> None:
         """Give the loss callbacks what they knew after phase `number`, which is what they go on from."""

@@ -2,23 +2,26 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from .callbacks import LossCallback
 from .training_args import ModXTrainingArguments
 
 
-def bytes_of_phase(model: nn.Module, args: ModXTrainingArguments) -> int:
+def bytes_of_phase(model: nn.Module, args: ModXTrainingArguments, loss_callbacks: Sequence[LossCallback] = ()) -> int:
     """About what a phase leaves on the disk at most: its model and, without `save_total_limit` two, checkpoints, and
-    one more while it is written. A checkpoint is the model and two moments of each trained weight (Adam's)."""
-    of_model = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    one more while it is written. A checkpoint is the model, two moments of each trained weight (Adam's), and the
+    weights that loss callbacks keep."""
+    of_model = _bytes(model.parameters())
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    beside = sum(_bytes(callback.weights_in_state(model)) for callback in loss_callbacks)
     kept = 0 if args.save_strategy == "no" else args.save_total_limit or 2
-    return of_model + (kept + 1) * (of_model + 2 * trained)
+    return of_model + (kept + 1) * (of_model + 2 * trained + beside)
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:
@@ -50,6 +53,10 @@ def removed_on_failure(folder: Path, what: str) -> Iterator[None]:
             f"{what} could not be written to {folder.parent}, where {free} are free: {error}. What was saved before "
             "is whole: make room, and run the same command again."
         ) from error
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _readable(size: int) -> str:

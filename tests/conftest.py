@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from functools import partial
 
 from hub_server import reserve_port
 
@@ -31,9 +32,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hf_modx import ModXTrainingArguments
-
-from tiny import tiny_clip, tiny_pairs, tiny_processor
+from tiny import quick_arguments, tiny_clip, tiny_pairs, tiny_processor
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -71,24 +70,7 @@ def pairs():
 @pytest.fixture
 def make_args(tmp_path):
     """Arguments for six quick steps; keywords override."""
-
-    def make(**changes):
-        settings = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 8,
-            "per_device_eval_batch_size": 16,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "spatial_disorder": False,  # a fifth of a tiny run's time, and what few tests are about
-        }
-        return ModXTrainingArguments(**{**settings, **changes})
-
-    return make
+    return partial(quick_arguments, tmp_path / "out")
 
 
 @pytest.fixture

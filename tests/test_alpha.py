@@ -4,19 +4,25 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_distributed import arguments
 from torch.nn.functional import normalize
 
-from hf_modx import ModX, PairEmbeddings
+from hf_modx import ModX, ModXTrainer, PairEmbeddings
 from hf_modx.callbacks import LossContext
+from hf_modx.callbacks.modx import reference_batches
 from hf_modx.losses import affinity_distillation
 from hf_modx.losses.affinity import rows_ranked_first
+
+from launch import launch
+from tiny import tiny_clip, tiny_pairs, tiny_processor
 
 SCALE = torch.tensor(14.0)
 
 
-def context(rows, positives=False):
-    ids = torch.arange(rows)
-    return LossContext(None, {}, ids, ids, torch.zeros(rows, dtype=torch.bool), 0, 0.0, {}, positives)
+def context(rows, positives=False, order=None, replayed=0):
+    ids = torch.arange(rows) if order is None else order
+    return LossContext(None, {}, ids, ids, ids >= rows - replayed, 0, 0.0, {}, positives)
 
 
 def embeddings(rows, noise, seed=0):
@@ -27,8 +33,8 @@ def embeddings(rows, noise, seed=0):
     return PairEmbeddings(image, text, SCALE, None)
 
 
-def term(callback, student, teacher):
-    own = context(len(student.image))
+def term(callback, student, teacher, **options):
+    own = context(len(student.image), **options)
     return callback.loss_terms(student, teacher, own)["modx_distillation"], own.metrics
 
 
@@ -45,9 +51,10 @@ def test_rows_kept_in_batches_of_the_reference_are_what_counts():
     student, teacher = embeddings(48, 0.8, seed=1), embeddings(48, 0.8)
     plain, metrics = term(ModX(3.0), student, teacher)
     cosines = teacher.image @ teacher.text.T
-    kept = 0.0
-    for part in range(4):
-        block = cosines[part::4, part::4]
+    kept, parts = 0.0, reference_batches(context(48), 12)
+    assert torch.cat(parts).sort().values.equal(torch.arange(48))
+    for part in parts:
+        block = cosines[part][:, part]
         kept += sum((block.argmax(dim=side) == torch.arange(12)).double().mean() for side in (0, 1)) / 8
     kept_here = (metrics["image_rows_kept"] + metrics["text_rows_kept"]) / 2
     assert kept > kept_here > 0
@@ -59,8 +66,8 @@ def test_replayed_rows_have_their_share_of_a_reference_that_does_not_divide_the_
     """The last quarter of the batch is what the old model knows: so is a quarter of what a batch of 28 would be."""
     new, known = embeddings(36, 3.0), embeddings(12, 0.0, seed=3)
     teacher = PairEmbeddings(torch.cat([new.image, known.image]), torch.cat([new.text, known.text]), SCALE, None)
-    _, metrics = term(ModX(3.0, reference_batch_size=28), embeddings(48, 0.8, seed=1), teacher)
-    chosen = torch.arange(28) * 48 // 28
+    _, metrics = term(ModX(3.0, reference_batch_size=28), embeddings(48, 0.8, seed=1), teacher, replayed=12)
+    (chosen,) = reference_batches(context(48, replayed=12), 28)
     assert (chosen >= 36).sum() == 7
     cosines = teacher.image[chosen] @ teacher.text[chosen].T
     kept = sum((cosines.argmax(dim=side) == torch.arange(28)).sum() for side in (0, 1))
@@ -80,6 +87,44 @@ def test_rows_ranked_first_are_those_that_the_distillation_keeps(positives, lost
     kept = [expected.image_rows_kept, expected.text_rows_kept]
     assert [side.double().mean().item() for side in found] == pytest.approx([part.item() for part in kept])
     assert 0 < kept[0] < 1 and (lost is None) == (kept[1] > 0)
+
+
+def test_order_in_which_processes_gather_the_batch_does_not_matter():
+    """Of two processes that hold four batches, the first has the first half of each."""
+    order = torch.arange(120).view(4, 2, 15).transpose(0, 1).flatten()
+    one, other = embeddings(120, 0.8, seed=1), embeddings(120, 0.8)
+    found = []
+    for rows in (torch.arange(120), order):
+        student, teacher = (PairEmbeddings(side.image[rows], side.text[rows], SCALE, None) for side in (one, other))
+        _, metrics = term(ModX(3.0, reference_batch_size=12), student, teacher, order=rows, replayed=30)
+        found.append(metrics["modx_alpha"].item())
+    assert found[0] == found[1]
+
+
+def train_and_log(folder, batch_size, accumulation):
+    args = arguments(
+        folder, batch_size, max_steps=3, gradient_accumulation_steps=accumulation, gradient_cache_chunk_size=2
+    )
+    processor = tiny_processor()
+    trainer = ModXTrainer(
+        tiny_clip(processor).double(), args, train_dataset=tiny_pairs(48), processing_class=processor,
+        loss_callbacks=[{"modx": {"reference_batch_size": 4}}, "er"],
+    )  # fmt: skip
+    trainer.use_memory(tiny_pairs(10, "yellow"))
+    trainer.train()
+    alpha = [entry["modx_alpha"] for entry in trainer.state.log_history if "modx_alpha" in entry]
+    save_file({"alpha": torch.tensor(alpha)}, f"{folder}/rank-{args.process_index}.safetensors")
+
+
+@pytest.mark.slow
+def test_processes_chunks_and_accumulation_weigh_as_one_batch_does(tmp_path):
+    found = []
+    for processes, batch_size, accumulation in ((1, 24, 1), (2, 3, 4)):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch(processes, train_and_log, folder, batch_size, accumulation)
+        found.append(load_file(folder / "rank-0.safetensors")["alpha"])
+    assert len(found[0].unique()) > 1 and torch.allclose(*found, rtol=1e-6)
 
 
 def test_nothing_kept_is_no_division_by_zero():
@@ -104,7 +149,7 @@ def test_pull_is_the_same_in_every_batch_of_a_reference_and_grows_without(screen
         return torch.autograd.grad(total / (2048 // rows), turn)[0].norm().item()
 
     small, large = (pull(ModX(2.0, reference_batch_size=32, screen=screen), rows) for rows in (32, 256))
-    assert large == pytest.approx(small, rel=0.05)
+    assert large == pytest.approx(small, rel=0.1)
     assert pull(ModX(2.0, screen=screen), 256) > 2 * pull(ModX(2.0, screen=screen), 32)
 
 

@@ -12,15 +12,16 @@ import torch
 import torch.nn.functional as F
 from datasets import DatasetDict, concatenate_datasets
 
-from hf_modx import Phase, build_recipe
+from hf_modx import ModXTrainer, Phase, build_recipe
 from hf_modx.assessment import Assessment, Duplicates, Shift, advise, assess, measure_cost, rows_kept
-from hf_modx.cli import main
+from hf_modx.cli import main, make_parser
+from hf_modx.cli.assess import planned
 from hf_modx.data import PairCollator
 from hf_modx.demo import DEMO_DEFAULTS, DEMO_STREAMS, trained_base
 from hf_modx.evaluation import EncodedPairs, Encoder
 from hf_modx.pretrained import load_dual_encoder
 
-from tiny import tiny_pairs
+from tiny import COLORS, tiny_pairs
 
 # --- measures --------------------------------------------------------------------------------------------------------
 
@@ -74,6 +75,41 @@ def test_one_caption_of_several_is_drawn():
     texts = torch.stack([pairs.text, wrong], dim=1).flatten(0, 1)
     rows = torch.arange(32).repeat_interleave(2)
     assert 0.2 < rows_kept(EncodedPairs(pairs.image, texts, pairs.image_ids, rows, rows), 32) < 0.9
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"same_pair_id": "neutral"},
+        {"mask_duplicates": True},
+        {"pairs_in_batch": "together"},
+        {"pairs_in_batch": "apart", "mask_duplicates": True},
+    ],
+    ids=str,
+)
+def test_rows_that_assess_counts_are_those_that_a_run_keeps(encoder, model, make_args, processor, flags):
+    """Of the first epoch, in eight batches."""
+    flags = dict(flags)
+    pairs = tiny_pairs(48).remove_columns(["pair_id", "caption"])
+    pairs = pairs.add_column("pair_id", [row // 4 for row in range(48)])
+    pairs = pairs.add_column("caption", [f"a {COLORS[row % 5]} ring" for row in range(48)])
+    args = make_args(per_device_train_batch_size=6, max_steps=8, seed=0, **flags)
+    positives = flags.pop("same_pair_id", "positive") == "positive"
+    found = assess(encoder, Phase("new", pairs), batch_size=6, positives=positives, **flags)
+    trainer = ModXTrainer(model, args, train_dataset=pairs, processing_class=processor, loss_callbacks="modx")
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "image_rows_kept" in entry]
+    kept = mean(entry[f"{side}_rows_kept"] for entry in logged for side in ("image", "text"))
+    assert len(logged) == 8 and found.kept[6] == pytest.approx(kept) and 0 < kept < 1
+
+
+def test_samples_of_pairs_that_are_together_in_batches_hold_whole_groups(encoder):
+    pairs = tiny_pairs(48).remove_columns("pair_id").add_column("pair_id", [row % 12 for row in range(48)])
+    found = assess(encoder, Phase("new", pairs), batch_size=4, pairs_in_batch="together", sample=16)
+    assert found.kept[4] == 1  # each batch is one group
+    with pytest.raises(ValueError, match="to know which pairs belong together"):
+        assess(encoder, Phase("new", pairs.remove_columns("pair_id")), batch_size=4, pairs_in_batch="together")
 
 
 @pytest.fixture
@@ -198,6 +234,7 @@ def test_notes_tell_of_duplicates_bad_samples_and_pairs_that_are_alike():
     ]
     assert [word in note for word, note in zip(expected, notes, strict=True)] == [True] * 5
     assert advise(measured(0.6)).notes == []
+    assert advise(measured(0.6, duplicates=Duplicates(200, 0), mask_duplicates=True)).notes == []
 
 
 # What `hf-modx assess --sample 512` says to a base of seed 0 (1,000 steps; 350 of the instance stream) about the
@@ -253,6 +290,16 @@ def test_command_prints_a_table_and_the_advice(saved, capsys):
     out = capsys.readouterr().out
     assert "| pairs to learn | 20 |" in out and "add replay" in out and "may" not in out.split("\n")[0]
     assert "told apart" not in out  # there are no old pairs
+
+
+@pytest.mark.parametrize(
+    ("options", "same_pair_id"),
+    [([], "neutral"), (["--same_pair_id", "positive", "--mask_duplicates", "--pairs_in_batch", "apart"], "positive")],
+)
+def test_built_in_streams_are_planned_as_they_are_trained(options, same_pair_id):
+    args = planned(make_parser().parse_args(["assess", "demo", "demo:class", *options]), is_demo=True)
+    assert (args.same_pair_id, args.contrastive_batch_size) == (same_pair_id, 128)
+    assert (args.mask_duplicates, args.pairs_in_batch) == ((True, "apart") if options else (False, "any"))
 
 
 @pytest.mark.parametrize(

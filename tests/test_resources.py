@@ -34,11 +34,11 @@ def room_again():
 
 @pytest.fixture
 def start(model, processor, make_args):
-    def start(callbacks=(), **changes):
+    def start(callbacks=(), recipe="modx", **changes):
         args = make_args(**{"max_steps": 5, "save_strategy": "steps", "save_steps": 2, **changes})
         args.spatial_disorder = False
         return ContinualRun(
-            make_stream(1), "modx", args, model=model, processing_class=processor, callbacks=list(callbacks)
+            make_stream(1), recipe, args, model=model, processing_class=processor, callbacks=list(callbacks)
         )
 
     return start
@@ -88,6 +88,16 @@ def test_what_a_phase_is_said_to_need_is_what_it_takes(start, make_args, model, 
     one = size_of(checkpoints_folder(tmp_path / "out", 1)) / 2
     said = bytes_of_phase(model, run.args)
     assert 0.6 * (taken + one) < said < taken + one  # the rest are files of a few kilobytes, which count here alone
+
+
+def test_weights_that_callbacks_keep_in_checkpoints_need_room_too(start, model, tmp_path):
+    options = {"max_forgetting": 0.99, "on_forgetting": "restore", "retention_steps": 1, "save_total_limit": 2}
+    run = start(recipe="weight_ensemble", **options)
+    run.run()
+    (state, *_) = checkpoints_folder(tmp_path / "out", 1).glob("*/loss_callbacks.safetensors")
+    more = bytes_of_phase(model, run.args, run.loss_callbacks) - bytes_of_phase(model, run.args)
+    assert more == pytest.approx(3 * state.stat().st_size, rel=0.1)  # names of weights beside them
+    assert more == 3 * 2 * sum(weight.numel() * 4 for weight in model.parameters())
 
 
 def test_there_is_room_for_nothing_more(tmp_path):

@@ -133,7 +133,7 @@ def _sentence(phase: Assessment, recipe: str, memory: int | None) -> str:
 
 
 def _notes(phase: Assessment) -> Iterator[str]:
-    if phase.duplicates.captions > MANY_DUPLICATES * phase.pairs:
+    if phase.duplicates.captions > MANY_DUPLICATES * phase.pairs and not phase.mask_duplicates:
         yield (
             f"{phase.phase}: {phase.duplicates.captions:,} of {phase.pairs:,} rows share a caption with a row of "
             "another pair id, whose negatives they are: set mask_duplicates."

@@ -1,6 +1,6 @@
 """What a frozen model says to new data, and how these differ from the old ones."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..data import PairDataset, as_captions
+from ..data import PairCollator, PairDataset, as_captions
 from ..data.bad_samples import drop_bad_samples, find_bad_samples
 from ..data.loading import at_most
 from ..data.overlap import image_digests, shared_rows
+from ..data.pair_groups import Arrangement
 from ..data.sampling import GlobalBatches
 from ..evaluation import EncodedPairs, Encoder, encode_pairs, linear_probe_accuracy, retrieval_metrics
 from ..losses.affinity import rows_ranked_first
@@ -76,6 +77,7 @@ class Assessment:
         duplicates: in the training part.
         bad_share: share of rows that cannot be used, of those looked at.
         shift: from the old data; None without.
+        mask_duplicates: rows of one caption are planned to belong together.
     """
 
     phase: str
@@ -89,6 +91,7 @@ class Assessment:
     duplicates: Duplicates
     bad_share: float
     shift: Shift | None
+    mask_duplicates: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
@@ -103,6 +106,8 @@ def assess(
     batch_size: int,
     columns: tuple[str, str, str] = ("image", "caption", "pair_id"),
     positives: bool = True,
+    mask_duplicates: bool = False,
+    pairs_in_batch: str = "any",
     sample: int = SAMPLE,
     seed: int = 0,
 ) -> Assessment:
@@ -115,19 +120,26 @@ def assess(
         batch_size: the contrastive batch planned; kept rows are counted at a quarter and four times of it, too.
         columns: of images, captions and pair ids.
         positives: see `same_pair_id` in the training arguments.
+        mask_duplicates, pairs_in_batch: as there.
         sample: at most so many rows of each part are decoded and embedded, at random.
         seed: of samples and batches.
 
     Raises:
-        TypeError, ValueError: columns that are missing or of another type, a batch or a sample below 2, or no row that
-            can be used.
+        TypeError, ValueError: columns that are missing or of another type, a batch or a sample below 2, no row that
+            can be used, or nothing that says what `pairs_in_batch` is about.
     """
     if sample < 2:
         raise ValueError(f"A sample of {sample} rows shows nothing: look at 2 at least.")
     if batch_size < 2:
         raise ValueError(f"A contrastive batch of {batch_size} has no negatives: plan 2 at least.")
+
+    def arrangement(table: Dataset) -> Arrangement | None:
+        captions = columns[1] if mask_duplicates else None
+        return Arrangement(pairs_in_batch, table, columns[2], captions) if pairs_in_batch != "any" else None
+
     parts = _Parts(encoder, columns, sample, seed)
-    train = parts.embedded(new.train, new.name)
+    whole_groups = arrangement(new.train) if pairs_in_batch == "together" else None
+    train = parts.embedded(new.train, new.name, whole_groups)
     test = train if new.test is None else parts.embedded(new.test, f"{new.name} (test)")
     old_train = old_test = None
     if old is not None:
@@ -135,7 +147,12 @@ def assess(
         old_test = old_train if old.test is None else parts.embedded(old.test, f"{old.name} (test)")
         if not all(columns[2] in part.column_names for part in (new.train, old.train)):
             old_train = _with_other_ids(old_train)
-    counted = {"positives": positives, "seed": seed}
+    caption_ids = parts.caption_ids(new.name) if mask_duplicates else None
+    counted = {"positives": positives, "arrange": arrangement(parts.usable[new.name]), "seed": seed}
+    kept_with_replay = None
+    if old_train is not None:
+        both = torch.cat([caption_ids, parts.caption_ids(old.name)]) if mask_duplicates else None
+        kept_with_replay = rows_kept(train, batch_size, old=old_train, caption_ids=both, **counted)
     sizes = sorted({max(2, batch_size // 4), batch_size, 4 * batch_size})
     return Assessment(
         phase=new.name,
@@ -144,18 +161,28 @@ def assess(
         zero_shot=_recall(test),
         tested_pairs=len(test.image),
         kept={
-            size: rows_kept(train, size, **counted) for size in sizes if size <= len(train.image) or size == batch_size
+            size: rows_kept(train, size, caption_ids=caption_ids, **counted)
+            for size in sizes
+            if size <= len(train.image) or size == batch_size
         },
-        kept_with_replay=rows_kept(train, batch_size, old=old_train, **counted) if old_train is not None else None,
+        kept_with_replay=kept_with_replay,
         old_pairs=len(old.train) if old is not None else 0,
         duplicates=_duplicates(new.train, *columns),
         bad_share=parts.bad[new.name],
         shift=None if old is None else _shift(train, old_train, test, old_test, _shared_images(new, old, columns[0])),
+        mask_duplicates=mask_duplicates,
     )
 
 
 def rows_kept(
-    pairs: EncodedPairs, batch_size: int, *, old: EncodedPairs | None = None, positives: bool = True, seed: int = 0
+    pairs: EncodedPairs,
+    batch_size: int,
+    *,
+    old: EncodedPairs | None = None,
+    positives: bool = True,
+    caption_ids: Tensor | None = None,
+    arrange: Callable[[np.ndarray, Sequence[int]], np.ndarray] | None = None,
+    seed: int = 0,
 ) -> float:
     """Share of image and text rows that Mod-X's screening keeps in random batches, in [0, 1]: those whose own partner,
     or a positive, the model that embedded the pairs ranks first. It falls with the batch, which has more candidates.
@@ -165,29 +192,29 @@ def rows_kept(
         batch_size: of a contrastive batch; that of all pairs where there are fewer.
         old: pairs that take `REPLAY_SHARE` of every batch; None: new ones alone.
         positives: rows of one id are positives of each other; False: no candidates.
+        caption_ids: (C,) of the captions, those of the old pairs at the end: equal ones make rows belong together as
+            one id does. None: they do not.
+        arrange: see `GlobalBatches`.
         seed: of batches and captions.
     """
-    images, ids = pairs.image, pairs.image_ids
-    if old is not None:
-        images, ids = torch.cat([images, old.image]), torch.cat([ids, old.image_ids])
+    parts = [pairs] if old is None else [pairs, old]
+    images, texts, ids = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("image", "text", "image_ids")
+    )
     kept = []
-    for number, rows in enumerate(_batches(len(pairs.image), len(images), batch_size, seed)):
+    for number, rows in enumerate(_batches(len(pairs.image), len(images), batch_size, seed, arrange)):
         generator = np.random.default_rng([seed, number])
-        texts = torch.cat(
-            [
-                part.text[_drawn(part, rows[mine] - start, generator)]
-                for part, start, mine in (
-                    (pairs, 0, rows < len(pairs.image)),
-                    *([(old, len(pairs.image), rows >= len(pairs.image))] if old is not None else []),
-                )
-            ]
-        )
-        first = rows_ranked_first(images[rows], texts, pair_ids=ids[rows], positives=positives)
+        places = _drawn(pairs, rows[rows < len(pairs.image)], generator)
+        if old is not None:
+            replayed = rows[rows >= len(pairs.image)] - len(pairs.image)
+            places = torch.cat([places, len(pairs.text) + _drawn(old, replayed, generator)])
+        together = ids[rows] if caption_ids is None else torch.stack([ids[rows], caption_ids[places]], dim=1)
+        first = rows_ranked_first(images[rows], texts[places], pair_ids=together, positives=positives)
         kept.append(torch.stack(first).double().mean().item())
     return float(np.mean(kept))
 
 
-def _batches(new: int, rows: int, batch_size: int, seed: int) -> Iterator[np.ndarray]:
+def _batches(new: int, rows: int, batch_size: int, seed: int, arrange: Callable | None) -> Iterator[np.ndarray]:
     """Rows of the batches that training would see; the new ones come first in each."""
     number = 0
     for epoch in range(BATCHES):
@@ -199,6 +226,7 @@ def _batches(new: int, rows: int, batch_size: int, seed: int) -> Iterator[np.nda
             drop_last=True,
             memory_rows=rows - new,
             memory_share=REPLAY_SHARE if rows > new else 0.0,
+            arrange=arrange,
         )
         for batch in sampler:
             yield np.array(batch) % rows
@@ -215,25 +243,36 @@ def _drawn(pairs: EncodedPairs, rows: np.ndarray, generator: np.random.Generator
 
 
 class _Parts:
-    """Samples of tables, embedded; remembers the share of rows that cannot be used."""
+    """Samples of tables, embedded; remembers which rows can be used, and the share of those that cannot."""
 
     def __init__(self, encoder: Encoder, columns: tuple[str, str, str], sample: int, seed: int):
         self.encoder, self.columns, self.sample, self.seed = encoder, columns, sample, seed
         self.bad: dict[str, float] = {}
+        self.usable: dict[str, Dataset] = {}
 
-    def embedded(self, table: Dataset, name: str) -> EncodedPairs:
+    def embedded(self, table: Dataset, name: str, whole_groups: Arrangement | None = None) -> EncodedPairs:
+        if whole_groups is not None and self.sample < len(table):  # at random, and each with all of its rows
+            rows = np.random.default_rng(self.seed).permutation(len(table))
+            table = table.select(whole_groups(rows, [len(rows)])[: self.sample])
         table = at_most(table, self.sample, self.seed)
         bad = find_bad_samples(table, *self.columns[:2], name)
         self.bad[name] = len(bad) / len(table)
-        usable = PairDataset(drop_bad_samples(table, bad, "skip", name), *self.columns)
+        self.usable[name] = drop_bad_samples(table, bad, "skip", name)
+        usable = PairDataset(self.usable[name], *self.columns)
         encoder = self.encoder
         settings = {"batch_size": encoder.batch_size, "num_workers": encoder.num_workers, "device": encoder.device}
         return encode_pairs(encoder.dual_encoder, usable, encoder.collator, **settings)
 
+    def caption_ids(self, name: str) -> Tensor:
+        """(C,) in the order of the embedded captions."""
+        captions = (caption for value in self.usable[name][self.columns[1]] for caption in as_captions(value))
+        return torch.tensor([PairCollator.caption_id(caption) for caption in captions], device=self.encoder.device)
+
 
 def _with_other_ids(pairs: EncodedPairs) -> EncodedPairs:
-    """Numbers of rows are no ids that two tables could share."""
-    return EncodedPairs(pairs.image, pairs.text, -1 - pairs.image_ids, -1 - pairs.text_ids, pairs.text_rows)
+    """The numbers of its rows, as a run gives them where one of the tables has no ids; none that both could share."""
+    rows = torch.arange(len(pairs.image), device=pairs.image_ids.device)
+    return EncodedPairs(pairs.image, pairs.text, -1 - rows, -1 - pairs.text_rows, pairs.text_rows)
 
 
 def _recall(pairs: EncodedPairs) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The interface of everything a recipe is made of."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -220,6 +220,11 @@ class LossCallback(TrainerCallback):
         """Tensors that must survive an interruption, and from phase to phase; saved with every Trainer checkpoint and
         after every phase."""
         return {}
+
+    def weights_in_state(self, model: nn.Module) -> Iterable[Tensor]:
+        """Weights of which the state holds a copy each, or tensors of their shapes, in a phase that trains the model:
+        the room that checkpoints need is counted from them."""
+        return ()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take back what `state_dict` returned. An empty dict stands for a callback that has seen nothing yet."""

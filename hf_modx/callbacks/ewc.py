@@ -1,7 +1,9 @@
 """Elastic weight consolidation."""
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..embeddings import PairEmbeddings
 from ..trained_weights import trained_weights
@@ -71,6 +73,9 @@ class EWC(LossCallback):
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._fisher
+
+    def weights_in_state(self, model: nn.Module) -> Iterable[Tensor]:
+        return trained_weights(model).values()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._fisher = dict(state)

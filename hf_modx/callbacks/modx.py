@@ -31,7 +31,8 @@ class ModX(LossCallback):
     over kept rows, of which each, half the variance of the change of its cosines, does not depend on N; and `kept`
     falls with N, since the old model must find a partner among more candidates. With `reference_batch_size` R the
     weight in a batch of N is `alpha * (R kept_R) / (N kept_N)`: what alpha is in a batch of R. `kept_R` is counted in
-    the batch itself, cut into batches of R; in a batch smaller than R it cannot be, and the weight is `alpha * R / N`.
+    the batch itself, cut into batches of R, the same ones on any number of processes; in a batch smaller than R it
+    cannot be, and the weight is `alpha * R / N`.
 
     Args:
         alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size. Or
@@ -135,13 +136,11 @@ class ModX(LossCallback):
         reference = teacher.image.new_tensor(size)
         if not self.screen or size >= pairs:
             return reference
-        parts = pairs // size
+        batches = reference_batches(context, size)
         pair_ids = repeated(context.pair_ids)
-        # Every part has rows from all over the batch: the replayed ones, or those of a process, stand together.
-        order = torch.arange(parts * size, device=teacher.image.device) * pairs // (parts * size)
         kept = 0
         with full_precision(teacher.image):
-            for rows in order.view(size, parts).unbind(dim=1):
+            for rows in batches:
                 first = rows_ranked_first(
                     upcast(teacher.image[rows]),
                     upcast(teacher.text[rows]),
@@ -149,7 +148,7 @@ class ModX(LossCallback):
                     positives=context.positives,
                     chunk_size=self.chunk_size,
                 )
-                kept = kept + torch.stack(first).sum() / (parts * size)
+                kept = kept + torch.stack(first).sum() / (len(batches) * size)
         kept_here = found.image_rows_kept + found.text_rows_kept
         return reference * (kept / kept_here).where(kept_here > 0, 0)
 
@@ -182,3 +181,16 @@ class ModX(LossCallback):
         self._kept = torch.zeros(())
         self._batches = 0
         self._warned = False
+
+
+def reference_batches(context: LossContext, size: int) -> list[Tensor]:
+    """The rows of as many batches of `size` as the global batch is enough for, at random, each with the global batch's
+    share of replayed rows. The same rows in whatever order the processes have gathered them."""
+    pairs = len(context.row_ids)
+    shuffled = torch.randperm(pairs, generator=torch.Generator().manual_seed(context.step))
+    rows = context.row_ids.argsort()[shuffled.to(context.row_ids.device)]
+    rows = rows[context.is_replay[rows].int().argsort(stable=True)]
+    batches = pairs // size
+    # A batch takes its rows from all over the others, at whose end the replayed ones are.
+    spread = torch.arange(batches * size, device=rows.device) * pairs // (batches * size)
+    return list(rows[spread].view(size, batches).unbind(dim=1))

@@ -2,12 +2,12 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..distributed import on_main_process
 from ..interpolation import PhaseLine, require_line, snapshot
@@ -280,6 +280,11 @@ class RetentionBudget(LossCallback):
         state |= {"start": self._start, "looks": looks, "good_scores": self._good_scores.clone()}
         state |= {"counts": torch.tensor(counts), STOPPED: torch.tensor(self._stopped_at)}
         return state | {f"{GOOD}{name}": weight for name, weight in self._good.items()}
+
+    def weights_in_state(self, model: nn.Module) -> Iterable[Tensor]:
+        if self.on_forgetting == "interpolate":
+            return ()
+        return [weight for weight in model.parameters() if weight.requires_grad]
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._price = state["price"].item() if "price" in state else 1.0

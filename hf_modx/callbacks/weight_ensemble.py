@@ -1,5 +1,7 @@
 """The mean of the weights along the way."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -63,6 +65,9 @@ class WeightEnsemble(LossCallback):
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**self._mean, "joined": torch.tensor(self._joined)} if self._mean else {}
+
+    def weights_in_state(self, model: nn.Module) -> Iterable[Tensor]:
+        return trained_weights(model).values()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._mean = dict(state)

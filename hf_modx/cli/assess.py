@@ -48,7 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image_column", default="image", help="column of the images (default: image)")
     parser.add_argument("--caption_column", default="caption", help="column of the captions (default: caption)")
     parser.add_argument("--pair_id_column", default="pair_id", help="column of the pair ids, where there is one")
-    parser.add_argument("--same_pair_id", default="positive", choices=["positive", "neutral"], help="as in training")
+    parser.add_argument(
+        "--same_pair_id",
+        choices=["positive", "neutral"],
+        help="planned, as the next two (default: positive; of the built-in streams neutral)",
+    )
+    parser.add_argument("--mask_duplicates", action="store_true", help="equal captions belong together")
+    parser.add_argument(
+        "--pairs_in_batch", default="any", choices=["any", "apart", "together"], help="pairs that belong together"
+    )
     parser.add_argument(
         "--batch_size", type=int, help="the contrastive batch planned (default: 64; of the built-in streams 128)"
     )
@@ -79,6 +87,8 @@ def run(options: argparse.Namespace) -> None:
             batch_size=args.contrastive_batch_size,
             columns=(options.image_column, options.caption_column, options.pair_id_column),
             positives=args.same_pair_id == "positive",
+            mask_duplicates=args.mask_duplicates,
+            pairs_in_batch=args.pairs_in_batch,
             sample=options.sample,
             seed=options.seed,
         )
@@ -130,7 +140,10 @@ def chosen_phases(stream: PhaseStream, names: str | None) -> list[Phase]:
 
 
 def planned(options: argparse.Namespace, is_demo: bool) -> ModXTrainingArguments:
-    settings = dict(DEMO_DEFAULTS) if is_demo else {"same_pair_id": options.same_pair_id}
+    settings = dict(DEMO_DEFAULTS) if is_demo else {}
+    settings |= {name: getattr(options, name) for name in ("mask_duplicates", "pairs_in_batch")}
+    if options.same_pair_id is not None:
+        settings["same_pair_id"] = options.same_pair_id
     if options.max_steps > 0 or not is_demo:
         settings |= {"max_steps": options.max_steps, "num_train_epochs": options.num_train_epochs}
     if options.batch_size is not None:

@@ -180,7 +180,7 @@ class PairCollator:
             "caption_index": torch.tensor(drawn),
         }
         if self.mask_duplicates:
-            batch["caption_id"] = torch.tensor([self._caption_id(caption) for caption in captions])
+            batch["caption_id"] = torch.tensor([self.caption_id(caption) for caption in captions])
         return batch
 
     @staticmethod
@@ -190,7 +190,7 @@ class PairCollator:
             raise ValueError(f"Rows {rows} have no caption: null, empty or blank. Leave them out.")
 
     @staticmethod
-    def _caption_id(caption: str) -> int:
+    def caption_id(caption: str) -> int:
         """63 bits of BLAKE2b: Python's own hash of a string is another one in every process."""
         return int.from_bytes(hashlib.blake2b(caption.encode(), digest_size=8).digest(), "big") >> 1
 
