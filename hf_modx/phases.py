@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict
 
+from .data.loading import concatenate_shared
+from .data.replay_dataset import like_stream
 from .nearest import did_you_mean
 
 TRAIN, TEST = "_train", "_test"
@@ -128,8 +130,6 @@ class PhaseStream:
             ValueError: the stream has a base already, or a column is missing.
             TypeError: a column of a wrong type.
         """
-        from .data.replay_dataset import like_stream  # which knows what a stream is
-
         if self.base is not None:
             raise ValueError(f"The stream has a base, {self.base.name!r}, whose pairs are replayed: give no others.")
         table = like_stream(pairs, self.phases[0].train, (image_column, caption_column, pair_id_column))
@@ -139,8 +139,7 @@ class PhaseStream:
         """The same stream with one test more: the pairs of all tests in one gallery, where what one phase has taught
         can be taken for what another has. It is in the matrix and in no number of its summary."""
         tests = [dataset for dataset, _ in self.tests().values()]
-        shared = [column for column in tests[0].column_names if all(column in t.column_names for t in tests)]
-        union = concatenate_datasets([dataset.select_columns(shared) for dataset in tests])
+        union = concatenate_shared(tests, tests[0].column_names)
         extra = {**self.extra_tests, name: union}
         return replace(self, extra_tests=extra, union_tests=(*self.union_tests, name))
 

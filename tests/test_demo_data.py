@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import CLIPProcessor
 
-from hf_modx.demo import base as demo
-from hf_modx.demo import data as demo_data
+from hf_modx.demo.base import base as demo
+from hf_modx.demo.base import data as demo_data
 from hf_modx.demo.data import (
     ATTRIBUTION,
     IMAGE_SIZE,

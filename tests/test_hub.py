@@ -211,7 +211,7 @@ def revisions():
 
 def publish(publisher, revisions):
     publisher.claim(RECORD, is_new=False)
-    assert publisher.publish(revisions) == ()
+    assert publisher.publish(len(revisions), revisions.__getitem__) == ()
 
 
 def assert_all_there(hub, revisions):
@@ -226,6 +226,16 @@ def assert_all_there(hub, revisions):
 
 
 # ---- Publishing ----
+
+
+def test_only_what_is_published_now_is_put_together(publisher, revisions):
+    """All phases after every phase would take time and memory that grow with the square of their number."""
+    again, asked = publisher(), []
+    again.claim(RECORD, is_new=False)
+    for finished in (2, 3):
+        assert again.publish(finished, lambda number: (asked.append(number), revisions[number])[1]) == ()
+        asked.append("published")
+    assert asked == [0, 1, 1, "published", 2, 2, "published"]  # the last one for main as well
 
 
 def test_each_phase_is_one_commit_on_its_parent_with_a_branch_and_a_tag(hub, finished):
@@ -438,7 +448,7 @@ def test_phases_are_published_once_whatever_fails(hub, publisher, revisions, tmp
         again = publisher()
         with suppress(HubError):
             again.claim(RECORD, is_new=False)
-            if again.publish(revisions) == ():
+            if again.publish(len(revisions), revisions.__getitem__) == ():
                 break
     assert again.missing == () and again.published.keys() == {0, 1, 2}
     assert_all_there(hub, revisions)

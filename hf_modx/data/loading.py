@@ -1,6 +1,7 @@
 """Tables of images with captions or labels, from wherever users have them."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -26,6 +27,12 @@ def load_splits(name: str, config: str | None = None, image_column: str = "image
             for split, dataset in data.items()
         }
     )
+
+
+def concatenate_shared(parts: Sequence[Dataset], columns: Sequence[str]) -> Dataset:
+    """The rows of all parts, in those of the columns that every part has."""
+    shared = [column for column in columns if all(column in part.column_names for part in parts)]
+    return concatenate_datasets([part.select_columns(shared) for part in parts])
 
 
 def at_most(part: Dataset, limit: int | None, seed: int) -> Dataset:

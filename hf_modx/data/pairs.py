@@ -2,7 +2,7 @@
 
 import hashlib
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -83,29 +83,6 @@ class PairDataset(torch.utils.data.Dataset):
                 places, pair_ids, images, rows[self.caption_column], strict=True
             )
         ]
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """All rows in random order, a pure function of (seed, epoch); yields the indices that `PairDataset` takes.
-
-    Args:
-        num_rows: rows of the data set.
-        seed: of this phase's order.
-        current_epoch: asked at the start of each pass.
-    """
-
-    def __init__(self, num_rows: int, seed: int, current_epoch: Callable[[], int]):
-        self.num_rows = num_rows
-        self.seed = seed
-        self.current_epoch = current_epoch
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def __iter__(self) -> Iterator[int]:
-        epoch = self.current_epoch()
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-        return iter((order + epoch * self.num_rows).tolist())
 
 
 class NumberedRows(torch.utils.data.Dataset):

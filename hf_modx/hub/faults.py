@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import set_client_factory
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import _http
+from transformers.utils.hub import PushInProgress
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,13 @@ def describe(error: BaseException, secret: str | None = None) -> str:
     ):
         text = re.sub(found, shown, text)
     return text if len(text) <= 500 else f"{text[:500]}..."
+
+
+def warn_of_failed_pushes(push: PushInProgress | None, secret: str | None = None) -> None:
+    """Log what went wrong in the uploads that a Trainer has made in the background."""
+    for job in push.jobs if push is not None else []:
+        if job.done() and job.exception() is not None:
+            logger.warning("A checkpoint was not pushed. %s", describe(job.exception(), secret))
 
 
 def limit_silence(limits: tuple[float | None, ...] = SILENCE) -> None:

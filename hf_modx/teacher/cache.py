@@ -1,38 +1,30 @@
 """The old model's embeddings of every training image and caption: computed once a phase, looked up by row."""
 
-import hashlib
 import json
 import math
-import shutil
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data import PairCollator, PairDataset, as_captions
-from ..data.overlap import image_digests
 from ..distributed import all_gather_rows, on_each_process, on_main_process
-from ..embeddings import PairEmbeddings, image_inputs, text_inputs
+from ..embeddings import PairEmbeddings, embedding_width, image_inputs, text_inputs
 from ..evaluation.encoding import AllCaptions
-from ..files import read_json, write_json
+from ..training_args import ModXTrainingArguments
+from .cache_files import CacheFiles, create, delete, meta_of, refuse_other_disk, usable_meta
+from .fingerprint import ROWS_READ_AT_ONCE, cache_identity, digest_of
 from .frozen import AdapterOffTeacher, Teacher
 
 MODES = ("auto", "off", "memory", "disk")
 MEMORY_LIMIT = 2**30
-ROWS_READ_AT_ONCE = 1024
-# A tokenizer remembers how it padded and truncated last, and with what it was saved: no properties of it.
-REMEMBERED = ("padding", "truncation", "processor_class")
-LAYOUT = 2  # of the files; a cache of another layout is not read
 
 
 class CachedTeacher:
@@ -88,7 +80,7 @@ class CachedTeacher:
     def remove(self) -> None:
         """Delete the files, if there are any; all processes call it together. What is mapped stays readable."""
         if self.folder is not None:
-            on_main_process(lambda: _delete(self.folder))
+            on_main_process(lambda: delete(self.folder))
 
 
 def cache_obstacle(collator: Any) -> str | None:
@@ -151,6 +143,50 @@ def caption_offsets(dataset: PairDataset) -> np.ndarray:
     return np.concatenate([[0], counts.cumsum()])
 
 
+def cache_for_phase(
+    teacher: Teacher | AdapterOffTeacher,
+    dataset: PairDataset | None,
+    collator: Any,
+    accelerator: Accelerator,
+    args: ModXTrainingArguments,
+    pairs_seen: int,
+) -> CachedTeacher | None:
+    """The old model as a table of its embeddings of a phase, where `args.teacher_cache` wants it and `choose_cache`
+    finds that it pays; None: ask the model itself. All processes call it together.
+
+    Args:
+        teacher: prepared.
+        dataset: the training set; None where `cache_obstacle` has something against the collator.
+        collator, accelerator: those of the training.
+        args: of the training.
+        pairs_seen: see `choose_cache`.
+
+    Raises:
+        ValueError, OSError: see `choose_cache` and `build_teacher_cache`.
+    """
+    numbers = {}
+    if dataset is not None:
+        numbers = {
+            "rows": len(dataset),
+            "captions": int(caption_offsets(dataset)[-1]),
+            "width": embedding_width(teacher.model),
+            "pairs_seen": pairs_seen,
+        }
+    mode = choose_cache(args.teacher_cache, obstacle=cache_obstacle(collator), **numbers)
+    if mode == "off":
+        return None
+    return build_teacher_cache(
+        teacher,
+        dataset,
+        collator,
+        accelerator,
+        mode=mode,
+        folder=Path(args.output_dir) / "teacher_cache",
+        batch_size=args.eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+
+
 def build_teacher_cache(
     teacher: Teacher | AdapterOffTeacher,
     dataset: PairDataset,
@@ -196,7 +232,7 @@ def build_teacher_cache(
         return _in_memory(embedding, offsets)
     if folder is None:
         raise ValueError("A teacher cache on disk needs a folder.")
-    identity = _identity(teacher, dataset, collator, accelerator)
+    identity = cache_identity(teacher, dataset, collator, accelerator)
     return _on_disk(embedding, offsets, Path(folder), identity)
 
 
@@ -287,21 +323,21 @@ def _in_memory(embedding: _Embedding, offsets: np.ndarray) -> CachedTeacher:
 
 
 def _on_disk(embedding: _Embedding, offsets: np.ndarray, folder: Path, identity: dict[str, Any]) -> CachedTeacher:
-    location = folder / _digest(json.dumps(identity, sort_keys=True))
-    meta = on_main_process(lambda: _usable_meta(location, identity, offsets))
+    location = folder / digest_of(json.dumps(identity, sort_keys=True))
+    meta = on_main_process(lambda: usable_meta(location, identity, offsets))
     if meta is None:
-        meta = _meta(embedding.first_row(), identity)
-        on_main_process(lambda: _create(location, meta, offsets))
+        meta = meta_of(embedding.first_row(), identity)
+        on_main_process(lambda: create(location, meta, offsets))
         left = embedding.batches
     else:
-        table = _Table(location, meta, offsets)
+        table = CacheFiles(location, meta, offsets)
 
         def damaged(rank: int, number: int) -> list[range]:
             return [rows for rows in embedding.batches[rank::number] if not table.is_whole(rows)]
 
         left = sorted(on_each_process(damaged), key=lambda rows: rows.start)
-    on_each_process(lambda rank, number: _refuse_other_disk(location))
-    table = _Table(location, meta, offsets)
+    on_each_process(lambda rank, number: refuse_other_disk(location))
+    table = CacheFiles(location, meta, offsets)
     embedding.run(left, lambda rows, image, text: table.write(rows, image.cpu().numpy(), text.cpu().numpy()))
     image, text = table.arrays()
     dtype = getattr(torch, meta["dtype"])
@@ -309,192 +345,3 @@ def _on_disk(embedding: _Embedding, offsets: np.ndarray, folder: Path, identity:
         None if meta[name] is None else torch.tensor(meta[name], dtype=dtype) for name in ("logit_scale", "logit_bias")
     )
     return CachedTeacher(image, text, offsets, scale, dtype, location, bias)
-
-
-class _Table:
-    """Three files that all processes share: `image` and `text`, rows of D numbers, and `checksum`, one number for each
-    row of the data set, written after its embeddings. A row is whole if its checksum fits, whatever has happened
-    between."""
-
-    def __init__(self, folder: Path, meta: dict[str, Any], offsets: np.ndarray):
-        self.folder = folder
-        self.offsets = offsets
-        dtype = np.float64 if meta["dtype"] == "float64" else np.float32
-        self.layout = {
-            "image": (np.dtype(dtype), (len(offsets) - 1, meta["width"])),
-            "text": (np.dtype(dtype), (int(offsets[-1]), meta["width"])),
-            "checksum": (np.dtype(np.uint32), (len(offsets) - 1, 1)),
-        }
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {name: dtype.itemsize * math.prod(shape) for name, (dtype, shape) in self.layout.items()}
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """(R, D) images and (C, D) captions, mapped into memory, read-only."""
-        return self._array("image"), self._array("text")
-
-    def write(self, rows: range, image: np.ndarray, text: np.ndarray) -> None:
-        """Ordinary writes, not through a map: neighbours on one page belong to other processes, perhaps on another
-        machine."""
-        self._write("image", rows.start, image)
-        self._write("text", self.offsets[rows.start], text)
-        self._write("checksum", rows.start, self._checksums(rows, image, text))
-
-    def is_whole(self, rows: range) -> bool:
-        image, text = self.arrays()
-        first, last = self.offsets[rows.start], self.offsets[rows.stop]
-        found = self._checksums(rows, image[rows.start : rows.stop], text[first:last])
-        return np.array_equal(found, self._array("checksum")[rows.start : rows.stop])
-
-    def _checksums(self, rows: range, image: np.ndarray, text: np.ndarray) -> np.ndarray:
-        starts = self.offsets[rows.start : rows.stop + 1] - self.offsets[rows.start]
-        sums = [
-            zlib.crc32(text[start:stop], zlib.crc32(image[row])) for row, (start, stop) in enumerate(pairwise(starts))
-        ]
-        return np.array(sums, dtype=np.uint32)[:, None]
-
-    def _array(self, name: str) -> np.ndarray:
-        dtype, shape = self.layout[name]
-        return np.asarray(np.memmap(self.folder / name, dtype=dtype, mode="r", shape=shape))
-
-    def _write(self, name: str, row: int, values: np.ndarray) -> None:
-        dtype, (_, width) = self.layout[name]
-        with open(self.folder / name, "r+b") as file:
-            file.seek(int(row) * width * dtype.itemsize)
-            file.write(values.tobytes())
-
-
-def _meta(first: PairEmbeddings, identity: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "identity": identity,
-        "width": first.image.shape[1],
-        "dtype": str(first.image.dtype).removeprefix("torch."),
-        "logit_scale": first.logit_scale.item(),
-        "logit_bias": None if first.logit_bias is None else first.logit_bias.item(),
-    }
-
-
-def _usable_meta(location: Path, identity: dict[str, Any], offsets: np.ndarray) -> dict[str, Any] | None:
-    """What meta.json says, if it is whole and the files beside it have their sizes."""
-    try:
-        meta = read_json(location / "meta.json")
-    except ValueError:
-        return None
-    if meta is None or meta.get("identity") != identity:
-        return None
-    sizes = _Table(location, meta, offsets).sizes()
-    found = {name: (location / name).stat().st_size for name in sizes if (location / name).exists()}
-    return meta if found == sizes else None
-
-
-def _create(location: Path, meta: dict[str, Any], offsets: np.ndarray) -> None:
-    """Empty files of full size; meta.json last."""
-    _delete(location)
-    location.mkdir(parents=True)
-    sizes = _Table(location, meta, offsets).sizes()
-    needed, free = sum(sizes.values()), shutil.disk_usage(location).free
-    if needed > free:
-        _delete(location)
-        raise OSError(
-            f"The teacher cache needs {needed / 2**30:.2f} GiB in {location.parent}, where {free / 2**30:.2f} GiB are "
-            "free. Make room, or set teacher_cache to 'off'."
-        )
-    for name, size in sizes.items():
-        with open(location / name, "wb") as file:
-            file.truncate(size)
-    write_json(location / "meta.json", meta)
-
-
-def _refuse_other_disk(location: Path) -> list:
-    if not (location / "meta.json").exists():
-        raise OSError(
-            f"A process does not see {location}, which another has made: the processes share no disk there. Set "
-            "teacher_cache to 'memory' or 'off', or give a folder that all of them see."
-        )
-    return []
-
-
-def _delete(location: Path) -> None:
-    """The cache, and the folder of caches if it was the last one."""
-    shutil.rmtree(location, ignore_errors=True)
-    if location.parent.exists() and not any(location.parent.iterdir()):
-        location.parent.rmdir()
-
-
-# ---- What makes two caches the same ----
-
-
-def _identity(
-    teacher: Teacher | AdapterOffTeacher, dataset: PairDataset, collator: PairCollator, accelerator: Accelerator
-) -> dict[str, Any]:
-    """Everything that decides the embeddings, as JSON takes it."""
-
-    def of_the_teacher() -> dict[str, Any]:
-        return {
-            "layout": LAYOUT,
-            "weights": _weights_digest(teacher.weights()),
-            "config": _config_digest(teacher.model),
-            "processor": _processor_digest(collator),
-            "mixed_precision": accelerator.mixed_precision,
-        }
-
-    return {**on_main_process(of_the_teacher), "data": _data_digest(dataset)}
-
-
-def _digest(content: str | bytes) -> str:
-    content = content.encode() if isinstance(content, str) else content
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
-
-
-def _weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Over names, types and values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(weights.items()):
-        digest.update(repr((name, tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _config_digest(model: nn.Module) -> str:
-    """The same weights are another model with another number of heads; where they came from does not count."""
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
-    return _digest(json.dumps(config, sort_keys=True, default=str))
-
-
-def _processor_digest(collator: PairCollator) -> str:
-    """What `save_pretrained` writes of image processor and tokenizer."""
-    parts = (collator.image_processor, collator.tokenizer)
-    contents: list[Any] = [
-        collator.max_length,
-        collator.padding,
-        *(f"{type(part).__module__}.{type(part).__qualname__}" for part in parts),
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        for part in parts:
-            part.save_pretrained(folder)
-        for file in sorted(Path(folder).iterdir()):
-            content: Any = file.read_text(encoding="utf-8")
-            if file.suffix == ".json":
-                content = {name: value for name, value in json.loads(content).items() if name not in REMEMBERED}
-            contents.append((file.name, content))
-    return _digest(json.dumps(contents, sort_keys=True))
-
-
-def _data_digest(dataset: PairDataset) -> str:
-    """Over every image as it is stored and every caption; costs one pass of reading, shared by all processes."""
-
-    def digests(rank: int, number: int) -> list[tuple[int, str]]:
-        starts = range(0, len(dataset), ROWS_READ_AT_ONCE)[rank::number]
-        shown = tqdm(starts, desc="Reading the training set", leave=False, delay=2, disable=rank > 0)
-        return [(start, _rows_digest(dataset, start)) for start in shown]
-
-    return _digest(repr((len(dataset), sorted(on_each_process(digests)))))
-
-
-def _rows_digest(dataset: PairDataset, start: int) -> str:
-    stop = min(start + ROWS_READ_AT_ONCE, len(dataset))
-    rows = dataset.dataset.select(range(start, stop))
-    captions = rows.select_columns([dataset.caption_column])[:][dataset.caption_column]
-    decoding = repr(rows.features[dataset.image_column])  # the same bytes in another mode are other images
-    return _digest(repr((image_digests(rows, dataset.image_column), decoding, captions)))

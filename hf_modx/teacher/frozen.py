@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -105,6 +106,19 @@ class AdapterOffTeacher:
 def teacher_of(model: nn.Module) -> Teacher | AdapterOffTeacher:
     """The model as it is now, frozen: without a copy where the model is a PEFT model with a fresh adapter."""
     return AdapterOffTeacher(model) if adapter_is_fresh(model) else Teacher(model)
+
+
+def embed_in_chunks(
+    teacher: Teacher | AdapterOffTeacher, batch: Mapping[str, Tensor], size: int | None
+) -> PairEmbeddings:
+    """The old model's embeddings of this process's batch, so many pairs at a time; None: all at once."""
+    rows = len(batch["input_ids"])
+    size = size or rows
+    parts = [
+        teacher.embed({name: tensor[at : at + size] for name, tensor in batch.items()}) for at in range(0, rows, size)
+    ]
+    image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
+    return replace(parts[0], image=image, text=text)
 
 
 def adapter_is_fresh(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..distributed import gather_stacked
 from ..embeddings import PairEmbeddings
+from ..training_args import ModXTrainingArguments
 
 ROWS_NAMED = 64
 
@@ -31,6 +32,23 @@ def require_finite_weights(model: nn.Module, what: str) -> None:
 def is_finite_everywhere(loss: Tensor) -> bool:
     """Of the losses () of all processes, the same answer on each: none goes on without the others."""
     return bool(gather_stacked(loss).isfinite().all())
+
+
+def loss_not_finite(
+    step: int,
+    args: ModXTrainingArguments,
+    terms: Mapping[str, Tensor],
+    student: PairEmbeddings,
+    row_ids: Tensor,
+    new_rows: int | None,
+) -> FloatingPointError:
+    """The error of a step that is not taken, with what helps; see `why_not_finite`."""
+    return FloatingPointError(
+        f"The loss of step {step} is not finite: {why_not_finite(terms, student, row_ids, new_rows)} The step is not "
+        f"taken, and the checkpoints in {args.output_dir} are good. Look at these rows; lower learning_rate (now "
+        f"{args.learning_rate:g}) or max_grad_norm (now {args.max_grad_norm:g})"
+        + ("; use bf16 in the place of fp16." if args.fp16 else ".")
+    )
 
 
 def why_not_finite(terms: Mapping[str, Tensor], student: PairEmbeddings, row_ids: Tensor, new_rows: int | None) -> str:

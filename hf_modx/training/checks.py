@@ -1,6 +1,10 @@
 """Ways of training that would be wrong without saying so, or that have never been run."""
 
+import logging
+
 from ..training_args import ModXTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 def check_engine(args: ModXTrainingArguments, sharding: str | None) -> None:
@@ -35,3 +39,28 @@ def _check_gradient_cache(args: ModXTrainingArguments) -> None:
         raise ValueError(f"optim={optimizer!r} steps in the backward pass, which gradient_cache_chunk_size repeats.")
     if getattr(args, "ddp_static_graph", False):
         raise ValueError("ddp_static_graph does not go with gradient_cache_chunk_size: leave one of them out.")
+
+
+def check_contrastive_batch(args: ModXTrainingArguments, rows: int) -> bool:
+    """Whether a training set of so many rows fills a contrastive batch.
+
+    Raises:
+        ValueError: it gives a batch of one pair at most.
+    """
+    pairs = min(args.contrastive_batch_size, rows)
+    if pairs < 2:
+        raise ValueError(
+            f"A contrastive batch of {pairs} pair has no negatives: raise per_device_train_batch_size (now "
+            f"{args.per_device_train_batch_size}) or give more data (now {rows} rows)."
+        )
+    return pairs == args.contrastive_batch_size
+
+
+def warn_of_accumulation(args: ModXTrainingArguments) -> None:
+    """Say that accumulated batches are contrasted each with itself, where they are."""
+    if args.gradient_accumulation_steps > 1 and args.gradient_cache_chunk_size is None:
+        logger.warning(
+            "Gradient accumulation adds no negatives: each of the %d batches of a step is contrasted with itself. "
+            "With gradient_cache_chunk_size they form one contrastive batch.",
+            args.gradient_accumulation_steps,
+        )
