@@ -1,7 +1,8 @@
 """Continually fine-tune a CLIP model on image-caption data that arrives in phases.
 
-With no arguments: the built-in stream (drawings of the same concepts in one style after the other), a small CLIP
-trained on the first style, and Mod-X on the others. Needs `pip install "hf_modx[demo]"`, no network, no accelerator.
+With no arguments: the built-in stream, a small CLIP trained on its base (three artists' drawings of many concepts),
+and Mod-X on its phases (the same concepts in one new rendering each). Needs `pip install "hf_modx[demo]"`, no network,
+no accelerator.
 
     accelerate launch examples/continual_clip.py
 
@@ -68,17 +69,16 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainingArguments, PhaseStream, build_recipe
 from hf_modx.callbacks import replay_of
-from hf_modx.card_metadata import metric_name
-from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS
-from hf_modx.demo_streams import DEMO_STREAMS
+from hf_modx.data.loading import at_most, load_splits, load_table
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
-from hf_modx.hub_run import UnpublishedPhases
-from hf_modx.hub_stream import NotAStream
-from hf_modx.load_data import at_most, load_splits, load_table
+from hf_modx.hub.run import UnpublishedPhases
+from hf_modx.hub.stream import NotAStream
+from hf_modx.model_card.metadata import metric_name
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
-from hf_modx.provenance import is_hub_id
 from hf_modx.recipes import recipe_arguments, recipe_name
-from hf_modx.retention_of_run import load_retention_tests
+from hf_modx.run.provenance import is_hub_id
+from hf_modx.run.retention import load_retention_tests
 from hf_modx.yaml_arguments import parse_arguments
 
 logger = logging.getLogger("hf_modx.example")

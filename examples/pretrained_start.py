@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from hf_modx import ModXTrainer, ModXTrainingArguments
+from hf_modx.data.loading import load_table
 from hf_modx.demo import demo_stream
-from hf_modx.load_data import load_table
 from hf_modx.yaml_arguments import parse_arguments
 
 

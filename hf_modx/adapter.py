@@ -52,9 +52,9 @@ def add_adapter(model: nn.Module, args: ModXTrainingArguments) -> nn.Module:
         lora_dropout=args.lora_dropout,
         target_modules=_targets(model, args.lora_targets),
     )
-    seed = args.data_seed if args.data_seed is not None else args.seed
     with torch.random.fork_rng(devices=[]), _without_peft_warnings():
-        torch.default_generator.manual_seed(seed)  # weights are drawn on the CPU, wherever the model is
+        # Weights are drawn on the CPU, wherever the model is.
+        torch.default_generator.manual_seed(args.effective_data_seed)
         adapted = peft.get_peft_model(model, config)
     if args.train_logit_scale:
         for name in SCALES:

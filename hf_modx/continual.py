@@ -15,38 +15,35 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import nn
 from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
 from .callbacks import LossCallback, check_budget, check_recipe, replay_of
-from .cross_phase_of_run import CrossPhaseOfRun
 from .data import PairCollator, PairDataset, check_processor
+from .data.image_cache import cache_resized_images
+from .data.loading import concatenate_shared
 from .deletion import Deletions
 from .demo import BASE_MAX_STEPS, trained_base
 from .disk import bytes_of_phase, removed_on_failure, require_room, size_of
-from .disorder_of_run import DisorderOfRun, training_sample
 from .distributed import on_each_process, on_main_process
 from .embeddings import check_dual_encoder, logit_scale_of
 from .evaluation import EncodedPairs, EvaluationMatrix
 from .evaluation.suite import EvaluationTest
 from .files import publish_file, publish_folder, read_json, write_json
-from .finite import require_finite_weights
-from .hub import Revision
-from .hub_run import RunOnHub
-from .identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
-from .image_cache import cache_resized_images
+from .hub.publisher import Revision
+from .hub.run import RunOnHub
 from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .pretrained import load_model
-from .provenance import adapter_base, data_source, model_source
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
-from .retention_of_run import RetentionTests, retention_budget, stopped_early
 from .rollback import history_in_words, reopen
-from .run_folder import (
+from .run.cross_phase import CrossPhaseOfRun
+from .run.disorder import DisorderOfRun, training_sample
+from .run.folder import (
     MEMORY,
     RECORD,
     RESULTS,
@@ -59,14 +56,18 @@ from .run_folder import (
     refuse_unfinished_rollback,
     state_file,
 )
-from .stream_checks import StreamChecks
-from .table_of_run import TableOfRun
-from .teacher_cache import CachedTeacher
-from .tests_of_run import TestsOfRun
-from .tracking import track_as_one_run
+from .run.identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
+from .run.provenance import adapter_base, data_source, model_source
+from .run.results import TableOfRun
+from .run.retention import RetentionTests, retention_budget, stopped_early
+from .run.stream_checks import StreamChecks
+from .run.test_sets import TestsOfRun
+from .run.tracking import track_as_one_run
+from .run.training_log import training_record
+from .teacher.cache import CachedTeacher
 from .trainer import ModXTrainer
+from .training.finite import require_finite_weights
 from .training_args import ModXTrainingArguments
-from .training_log import training_record
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class ContinualRun:
     finished run with MORE phases trains only the new ones.
 
     With `args.push_to_hub` every finished phase becomes a revision of one repository on the Hub before the next one
-    begins (see `hub.py`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
+    begins (see `hf_modx.hub`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
     published is tried again after each phase, at the end, and when `run` is called again.
 
     With `args.peft` each phase trains a fresh adapter on what it starts from. At its end the adapter is merged; or,
@@ -130,8 +131,10 @@ class ContinualRun:
         self.loss_callbacks = [*build_recipe(recipe, **(recipe_args or {})), *retention_budget(args)]
         check_recipe(self.loss_callbacks)
         check_budget(self.loss_callbacks)
-        replay, seed = replay_of(self.loss_callbacks), args.data_seed if args.data_seed is not None else args.seed
-        self.memory = ReplayMemory(self.folder / MEMORY, replay, self._columns, seed) if replay is not None else None
+        replay = replay_of(self.loss_callbacks)
+        self.memory = None
+        if replay is not None:
+            self.memory = ReplayMemory(self.folder / MEMORY, replay, args.pair_columns, args.effective_data_seed)
         self.stop = StopOnSignal()
         self.callbacks = [*callbacks, self.stop]
         self._check_adapter()
@@ -140,7 +143,7 @@ class ContinualRun:
         self.model = self.processing_class = self.source = None
         if model is not None:
             self._load_start(model, processing_class, revision)
-        self.tests = TestsOfRun(stream, tests or {}, self._columns)
+        self.tests = TestsOfRun(stream, tests or {}, self.args.pair_columns)
         self.disorder, self.cross_phase = DisorderOfRun(self._encode), CrossPhaseOfRun(self._encode)
         checks = StreamChecks(args)
         stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
@@ -200,7 +203,7 @@ class ContinualRun:
             del trainer
             gc.collect()
         if self.hub is not None:
-            self.hub.settle(self._revisions, self._datasets_on_hub())
+            self.hub.settle(len(self.table.rows), self._revision, self._datasets_on_hub())
         return self.matrix()
 
     def _is_finished(self, number: int) -> bool:
@@ -414,12 +417,7 @@ class ContinualRun:
             return self.stream.phases[number - 1].train
         known = [self.stream.base] if self.stream.base is not None else []
         parts = [phase.train for phase in [*known, *self.stream.phases[:number]]]
-        shared = [column for column in self._columns if all(column in part.column_names for part in parts)]
-        return concatenate_datasets([part.select_columns(shared) for part in parts])
-
-    @property
-    def _columns(self) -> list[str]:
-        return [self.args.image_column, self.args.caption_column, self.args.pair_id_column]
+        return concatenate_shared(parts, self.args.pair_columns)
 
     def _memory_after(self, number: int) -> Dataset | None:
         """What is kept for replay of the base and the phases up to this one."""
@@ -433,7 +431,7 @@ class ContinualRun:
         model = self._load_phase(number)
         return embed_rows(
             model,
-            PairDataset(rows, *self._columns),
+            PairDataset(rows, *self.args.pair_columns),
             PairCollator.for_model(model, self.processing_class),
             batch_size=self.args.eval_batch_size,
             device=self.args.device,
@@ -442,7 +440,7 @@ class ContinualRun:
     def _trainer(self, number: int, model: nn.Module, train_dataset: Dataset | None) -> ModXTrainer:
         args = copy.copy(self.args)
         args.output_dir = str(checkpoints_folder(self.folder, number))
-        args.data_seed = _phase_seed(self.args, number)
+        args.data_seed = 1000 * self.args.effective_data_seed + number
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
         args.enable_jit_checkpoint = False  # `stop` does it
         if train_dataset is None:
@@ -604,7 +602,7 @@ class ContinualRun:
     def _push(self) -> None:
         """Publish the finished phases that are not published."""
         if self.hub is not None and self.table.rows:
-            self.hub.publish(self._revisions)
+            self.hub.publish(len(self.table.rows), self._revision)
 
     def _datasets_on_hub(self) -> list[str]:
         """Ids of the data sets that the stream was loaded from."""
@@ -612,21 +610,13 @@ class ContinualRun:
         found = {data_source(part).get("dataset_id") for part in parts}
         return sorted(found - {None})
 
-    def _revisions(self) -> list[Revision]:
-        """All finished phases as they are to be published, each with the results as they were after it."""
-        revisions = []
-        for number in range(len(self.table.rows)):
-            title, parent = "Before the first phase", None
-            if number:
-                title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
-            record = {**self._record(), "phase": number}
-            revisions.append(self.hub.revision(number, parent, title, run=record, results=self._results(number)))
-        return revisions
-
-
-def _phase_seed(args: ModXTrainingArguments, number: int) -> int:
-    seed = args.data_seed if args.data_seed is not None else args.seed
-    return 1000 * seed + number
+    def _revision(self, number: int) -> Revision:
+        """A finished phase as it is to be published, with the results as they were after it."""
+        title, parent = "Before the first phase", None
+        if number:
+            title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
+        record = {**self._record(), "phase": number}
+        return self.hub.revision(number, parent, title, run=record, results=self._results(number))
 
 
 def _state_of(checkpoint: str) -> TrainerState:

@@ -15,12 +15,12 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
+from .data.overlap import image_digest, image_digests
 from .files import publish_folder, read_json, write_json
-from .hub import HubPublisher
-from .hub_faults import HubError, RepositoryConflict
-from .overlap import image_digest, image_digests
+from .hub.faults import HubError, RepositoryConflict
+from .hub.publisher import HubPublisher
 from .phases import PhaseStream
-from .run_folder import DELETED, MEMORY, PUBLISHED, RECORD, finished_rows, refuse_unfinished_rollback
+from .run.folder import DELETED, MEMORY, PUBLISHED, RECORD, finished_rows, refuse_unfinished_rollback
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from .data.loading import require_columns
 from .files import publish_file
-from .load_data import require_columns
 from .losses.contrastive import full_precision
 
 Index = TypeVar("Index", Tensor, np.ndarray, Dataset)

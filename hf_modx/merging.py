@@ -10,13 +10,13 @@ import torch
 from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
-from .card_metadata import card_metadata, model_type
 from .files import publish_folder, write_text
-from .identity import weights_fingerprint
 from .markdown import escaped, table
+from .model_card.metadata import card_metadata, model_type
 from .papers import PAPERS
 from .pretrained import load_dual_encoder, split_revision
-from .provenance import model_source
+from .run.identity import weights_fingerprint
+from .run.provenance import model_source
 
 
 def merge_models(first: str, second: str, weight: float, folder: Path) -> None:

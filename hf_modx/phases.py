@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
+from datasets import ClassLabel, Dataset, DatasetDict
 
+from .data.loading import concatenate_shared
+from .data.replay_dataset import like_stream
 from .nearest import did_you_mean
 
 TRAIN, TEST = "_train", "_test"
@@ -128,8 +130,6 @@ class PhaseStream:
             ValueError: the stream has a base already, or a column is missing.
             TypeError: a column of a wrong type.
         """
-        from .replay_dataset import like_stream  # which knows what a stream is
-
         if self.base is not None:
             raise ValueError(f"The stream has a base, {self.base.name!r}, whose pairs are replayed: give no others.")
         table = like_stream(pairs, self.phases[0].train, (image_column, caption_column, pair_id_column))
@@ -139,8 +139,7 @@ class PhaseStream:
         """The same stream with one test more: the pairs of all tests in one gallery, where what one phase has taught
         can be taken for what another has. It is in the matrix and in no number of its summary."""
         tests = [dataset for dataset, _ in self.tests().values()]
-        shared = [column for column in tests[0].column_names if all(column in t.column_names for t in tests)]
-        union = concatenate_datasets([dataset.select_columns(shared) for dataset in tests])
+        union = concatenate_shared(tests, tests[0].column_names)
         extra = {**self.extra_tests, name: union}
         return replace(self, extra_tests=extra, union_tests=(*self.union_tests, name))
 
@@ -206,8 +205,8 @@ class PhaseStream:
         names = [name.removesuffix(TRAIN) for name in splits if name.endswith(TRAIN)]
         if not names:
             raise ValueError(
-                f"No split is named ..._train. The splits are: {', '.join(splits)}. Name the phases with phase_splits, "
-                "or cut one of these into phases with phase_column or num_phases."
+                f"No split is named ..._train. The splits are: {', '.join(splits)}. Name the phases with "
+                "phase_splits, or cut one of these into phases with phase_column or num_phases."
             )
         phases = []
         for name in names:
@@ -301,7 +300,7 @@ class PhaseStream:
             ValueError: the parts do not have the same columns.
             HubError: the Hub refuses it, or does not answer.
         """
-        from .hub_stream import push_stream  # which knows what a stream is
+        from .hub.stream import push_stream  # which knows what a stream is
 
         return push_stream(self, repo_id, private=private, token=token)
 
@@ -322,7 +321,7 @@ class PhaseStream:
             RepositoryNotFoundError, RevisionNotFoundError: there is no such data set, or no such revision.
             HubError: the Hub does not answer.
         """
-        from .hub_stream import load_stream  # which knows what a stream is
+        from .hub.stream import load_stream  # which knows what a stream is
 
         return load_stream(repo_id, revision=revision, token=token)
 

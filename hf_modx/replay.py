@@ -194,6 +194,24 @@ def _embed_slice(
     return list(images.float().cpu().numpy()), [part.numpy() for part in texts.float().cpu().split(counts)]
 
 
+def replayed_rows(
+    row_ids: Tensor, caption_index: Tensor | None, new_rows: int | None, stored: "StoredEmbeddings | None"
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Which rows of a global batch come from the memory, (N,) bool, and the embeddings stored with them.
+
+    Args:
+        row_ids: (N,), those of the memory from `new_rows` on; None: there is no memory.
+        caption_index: (N,), the caption of each row.
+        stored: with the memory; None: nothing.
+    """
+    if new_rows is None:
+        return torch.zeros_like(row_ids, dtype=torch.bool), None
+    is_replay = row_ids >= new_rows
+    if stored is None or not is_replay.any():
+        return is_replay, None
+    return is_replay, stored.look_up(row_ids[is_replay] - new_rows, caption_index[is_replay])
+
+
 class StoredEmbeddings:
     """The embeddings of a memory of M pairs, found by row and caption.
 

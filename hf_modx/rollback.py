@@ -21,10 +21,9 @@ from safetensors.torch import save_file
 from .deletion import Deletions
 from .evaluation import EvaluationMatrix
 from .files import publish_file, read_json, write_json
-from .hub import HubPublisher
-from .hub_run import revision_of_phase
-from .identity import setting_changes
-from .run_folder import (
+from .hub.publisher import HubPublisher
+from .hub.run import revision_of_phase
+from .run.folder import (
     JOURNAL,
     MEMORY,
     PUBLISHED,
@@ -35,6 +34,7 @@ from .run_folder import (
     refuse_unfinished_rollback,
     state_file,
 )
+from .run.identity import setting_changes
 
 logger = logging.getLogger(__name__)
 

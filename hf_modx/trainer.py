@@ -2,10 +2,9 @@
 
 import copy
 import itertools
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,16 +12,40 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from accelerate.utils.memory import should_reduce_batch_size
-from datasets import Dataset, concatenate_datasets
+from accelerate.data_loader import skip_first_batches
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PredictionOutput, TrainOutput, rotate_checkpoints, speed_metrics
 
-from .adapter import add_adapter
-from .beside_model import (
+from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
+from .callbacks.base import BatchGradient, PhaseBoundary
+from .callbacks.contrastive import contrastive_loss
+from .data import PairCollator, PairDataset
+from .data.loading import concatenate_shared
+from .data.pair_groups import Arrangement, arrangement_for
+from .data.pairs import NumberedRows, NumberingCollator
+from .data.sampling import GlobalBatches
+from .disk import removed_on_failure
+from .distributed import process_index, row_counts, world_size
+from .embeddings import PairEmbeddings, embed_pairs, pair_embeddings
+from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
+from .evaluation.retrieval import retrieval_metrics
+from .evaluation.suite import LabelTest
+from .files import SEAL, seal, write_text
+from .gradcache import GradientCache, join_batches
+from .hub.faults import warn_of_failed_pushes
+from .model_card import trainer_card
+from .recipes import Part, build_recipe
+from .replay import Replay, StoredEmbeddings, replayed_rows
+from .teacher import Teacher, teacher_of
+from .teacher.cache import CachedTeacher, cache_for_phase, cache_obstacle
+from .teacher.frozen import embed_in_chunks
+from .trained_weights import trained_weights
+from .training.batch_gradients import batch_gradients
+from .training.callback_modules import TrainedAlong
+from .training.checkpoint import (
     LOSS_CALLBACKS_NAME,
     read_beside_adapter,
     read_loss_callbacks,
@@ -30,52 +53,18 @@ from .beside_model import (
     write_loss_callbacks,
     write_trained_beside,
 )
-from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
-from .callbacks.base import BatchGradient, PhaseBoundary
-from .callbacks.contrastive import contrastive_loss
-from .data import NumberedRows, NumberingCollator, PairCollator, PairDataset
-from .disk import removed_on_failure
-from .distributed import all_gather_rows, gather_stacked, process_index, row_counts, world_size
-from .embeddings import (
-    PairEmbeddings,
-    check_dual_encoder,
-    embed_pairs,
-    embedding_width,
-    pair_embeddings,
-)
-from .energy import EnergyMeter
-from .engines import check_engine
-from .evaluation.encoding import EncodedPairs, Encoder, encode_pairs
-from .evaluation.retrieval import retrieval_metrics
-from .evaluation.suite import LabelTest, Measured
-from .files import SEAL, seal, write_text
-from .finite import is_finite_everywhere, require_finite_weights, why_not_finite
-from .gradcache import GradientCache, join_batches
-from .hub_faults import describe
-from .learning_rates import give_own_learning_rate
-from .log_means import LogMeans
-from .lost_processes import PatientBatches, told_of_lost_processes
-from .model_card import trainer_card
-from .pair_groups import Arrangement, arrangement_for
-from .ready_batch import (
-    ReadyBatch,
-    first_occurrences,
-    gather_pairs,
-    given_texts,
-    own_shard,
-    tensors_of,
-    with_extra_inputs,
-)
-from .recipes import Part, build_recipe
-from .replay import Replay, StoredEmbeddings
-from .sampling import GlobalBatches
-from .teacher import Teacher, teacher_of
-from .teacher_cache import CachedTeacher, build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
-from .trained_along import TrainedAlong
-from .trained_weights import leaves_of_trained_weights, trained_weights
+from .training.checks import check_contrastive_batch, check_engine, warn_of_accumulation
+from .training.dataloader import dataloader_of_shares
+from .training.energy import EnergyMeter
+from .training.finite import is_finite_everywhere, loss_not_finite, require_finite_weights
+from .training.learning_rates import give_own_learning_rate
+from .training.log_means import LogMeans
+from .training.loss_terms import loss_terms
+from .training.lost_processes import PatientBatches, told_of_lost_processes
+from .training.short_memory import told_of_short_memory
+from .training.step_batch import GlobalRows, StepBatch, gather_pairs, tensors_of
+from .training.trainable import trainable
 from .training_args import ModXTrainingArguments
-
-logger = logging.getLogger(__name__)
 
 
 class ModXTrainer(Trainer):
@@ -136,8 +125,7 @@ class ModXTrainer(Trainer):
         if preprocess_logits_for_metrics is not None:
             raise ValueError("ModXTrainer takes no preprocess_logits_for_metrics. There are no logits to preprocess.")
         if model is not None:
-            check_dual_encoder(model)
-            model = add_adapter(model, args) if args.peft is not None else model
+            model = trainable(model, args)
         super().__init__(
             model=model,
             args=args,
@@ -162,8 +150,6 @@ class ModXTrainer(Trainer):
         self.memory: Dataset | None = None
         self._stored: StoredEmbeddings | None = None
         self._check_data()
-        if model is not None:
-            self._freeze_towers(self.model)
         self.add_callback(LogitScaleClamp(args.max_log_logit_scale))
         for callback in build_recipe(loss_callbacks):
             self.add_callback(callback)
@@ -174,7 +160,7 @@ class ModXTrainer(Trainer):
             self._remember_phase_start()
         self._means = LogMeans()
         self._reading: PatientBatches | None = None
-        self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # of the last loss
+        self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # terms of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
         self._along = TrainedAlong(lambda: self.loss_callbacks)
         self.add_callback(self._along)
@@ -184,6 +170,9 @@ class ModXTrainer(Trainer):
         """Called in `evaluate` with the prefix of the metrics and the accuracies by class of a `ZeroShotTest`."""
         self.data_wait = DataWait()
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return trainable(super().call_model_init(trial), self.args)
 
     @property
     def loss_callbacks(self) -> list[LossCallback]:
@@ -215,12 +204,7 @@ class ModXTrainer(Trainer):
         check_budget(self.loss_callbacks)
         if not all(callback.trains for callback in self.loss_callbacks):
             return TrainOutput(0, 0.0, {})
-        if self.args.gradient_accumulation_steps > 1 and self.args.gradient_cache_chunk_size is None:
-            logger.warning(
-                "Gradient accumulation adds no negatives: each of the %d batches of a step is contrasted with itself. "
-                "With gradient_cache_chunk_size they form one contrastive batch.",
-                self.args.gradient_accumulation_steps,
-            )
+        warn_of_accumulation(self.args)
         self._held = []
         self._energy = EnergyMeter()
         self._start_phase()
@@ -282,7 +266,6 @@ class ModXTrainer(Trainer):
 
     def _cache_teacher(self) -> None:
         """Embed the phase with the teacher once, where that is possible and pays; the teacher then leaves memory."""
-        obstacle = cache_obstacle(self.data_collator)
         if isinstance(self.teacher, CachedTeacher):
             if self.train_dataset is not self._cached_dataset:
                 raise ValueError(
@@ -290,32 +273,14 @@ class ModXTrainer(Trainer):
                     "ModXTrainer for it, or set teacher_cache='off'."
                 )
             return
-        numbers = {}
-        if obstacle is None:
-            dataset = self._training_pairs()
+        dataset, pairs_seen = None, 0
+        if cache_obstacle(self.data_collator) is None:
             steps = self.args.phase_steps(len(self.train_dataset))  # of the whole phase: resumed, it decides as before
-            numbers = {
-                "rows": len(dataset),
-                "captions": int(caption_offsets(dataset)[-1]),
-                "width": embedding_width(self._dual_encoder),
-                "pairs_seen": steps * self.args.total_batch_size,
-            }
-        mode = choose_cache(self.args.teacher_cache, obstacle=obstacle, **numbers)
-        if mode == "off":
-            return
-        live = self.teacher
-        self.teacher = build_teacher_cache(
-            live,
-            dataset,
-            self.data_collator,
-            self.accelerator,
-            mode=mode,
-            folder=Path(self.args.output_dir) / "teacher_cache",
-            batch_size=self.args.eval_batch_size,
-            num_workers=self.args.dataloader_num_workers,
-        )
-        live.release()
-        self._cached_dataset = self.train_dataset
+            dataset, pairs_seen = self._training_pairs(), steps * self.args.total_batch_size
+        cached = cache_for_phase(self.teacher, dataset, self.data_collator, self.accelerator, self.args, pairs_seen)
+        if cached is not None:
+            self.teacher.release()
+            self.teacher, self._cached_dataset = cached, self.train_dataset
 
     def compute_loss(
         self,
@@ -329,7 +294,7 @@ class ModXTrainer(Trainer):
         inputs = tensors_of(inputs)
         # Before the student: a look into the cached teacher waits for the device.
         teacher = self._teacher_embeddings(inputs)
-        batch = self._ready(inputs)
+        batch = self._step_batch(inputs)
         student = embed_pairs(model, self._dual_encoder, batch.inputs, batch.token_embeds)
         loss = self._loss(student, teacher, batch)
         return (loss, batch.pairs(student)) if return_outputs else loss
@@ -348,32 +313,11 @@ class ModXTrainer(Trainer):
             torch.OutOfMemoryError, RuntimeError: there is too little memory; the message says what takes it.
         """
         self._computed = None
-        try:
+        with told_of_short_memory(self.args):
             loss = self._forward_and_backward(model, inputs, num_items_in_batch)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise type(error)(f"{error} {self._how_to_need_less_memory()}") from error
         if self._computed is not None and not is_finite_everywhere(loss):
-            self._refuse_loss()
+            raise loss_not_finite(self.state.global_step + 1, self.args, *self._computed, self._first_memory_row)
         return loss
-
-    def _how_to_need_less_memory(self) -> str:
-        batch, chunk = self.args.per_device_train_batch_size, self.args.gradient_cache_chunk_size
-        if chunk is not None:
-            return f"Lower gradient_cache_chunk_size (now {chunk}; per_device_train_batch_size is {batch})."
-        return f"All {batch} pairs of a process are held at once: set gradient_cache_chunk_size to fewer."
-
-    def _refuse_loss(self) -> None:
-        terms, student, row_ids = self._computed
-        new_rows = len(self.train_dataset) if self.memory is not None else None
-        raise FloatingPointError(
-            f"The loss of step {self.state.global_step + 1} is not finite: "
-            f"{why_not_finite(terms, student, row_ids, new_rows)} The step is not taken, and the checkpoints in "
-            f"{self.args.output_dir} are good. Look at these rows; lower learning_rate (now "
-            f"{self.args.learning_rate:g}) or max_grad_norm (now {self.args.max_grad_norm:g})"
-            + ("; use bf16 in the place of fp16." if self.args.fp16 else ".")
-        )
 
     def _forward_and_backward(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None
@@ -392,7 +336,7 @@ class ModXTrainer(Trainer):
         joined = join_batches(self._held, self._pad_token_id)
         self._held = []
         teacher = self._teacher_embeddings(joined)
-        batch = self._ready(joined)
+        batch = self._step_batch(joined)
         loss = GradientCache(self.args.gradient_cache_chunk_size).backward(
             self.accelerator,
             model,
@@ -404,62 +348,68 @@ class ModXTrainer(Trainer):
         self._along.average_gradients()
         return loss
 
-    def _ready(self, inputs: dict[str, Tensor]) -> ReadyBatch:
+    def _step_batch(self, inputs: dict[str, Tensor]) -> StepBatch:
         """The batch with all that the loss needs to know of it, and with what the loss callbacks add to it."""
         counts = row_counts(inputs["input_ids"])
         context, kept = self._context(inputs, counts)
-        extra = {
+        added = {
             callback: self._prepare_input(callback.extra_inputs(context))
             for callback in self.loss_callbacks
             if type(callback).extra_inputs is not LossCallback.extra_inputs
         }
-        sizes = {
-            callback: (len(added.get("pixel_values", ())), len(added.get("input_ids", ())))
-            for callback, added in extra.items()
-        }
-        joined = with_extra_inputs(inputs, extra.values(), self._pad_token_id)
-        token_embeds, rows = given_texts(inputs, extra.values())
-        if token_embeds is not None:
-            joined["token_embeds_row"] = rows
-        return ReadyBatch(joined, token_embeds, counts, kept, context, sizes)
+        return StepBatch.join(inputs, added, counts, kept, context, self._pad_token_id)
 
-    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: ReadyBatch) -> Tensor:
+    def _context(self, inputs: dict[str, Tensor], counts: list[int]) -> tuple[LossContext, Tensor | None]:
+        """The context of the global batch, and which of the gathered rows belong to it (None: all)."""
+        rows = GlobalRows.gather(inputs, counts, self.args)
+        is_replay, stored = replayed_rows(rows.row_ids, rows.caption_index, self._first_memory_row, self._stored)
+        context = LossContext(
+            model=self._dual_encoder,
+            batch=inputs,
+            pair_ids=rows.pair_ids,
+            row_ids=rows.row_ids,
+            is_replay=is_replay,
+            step=self.state.global_step,
+            epoch=self.state.epoch or 0.0,
+            phase_start=self._phase_start,
+            shard=rows.shard(counts),
+            positives=self._positives,
+            stored=stored,
+        )
+        return context, rows.kept
+
+    def _loss(self, local: PairEmbeddings, local_teacher: PairEmbeddings | None, batch: StepBatch) -> Tensor:
         """From this process's embeddings to the global loss."""
         student = gather_pairs(batch.pairs(local), batch.counts, batch.kept)
         teacher = None if local_teacher is None else gather_pairs(local_teacher, batch.counts, batch.kept)
-        extra = batch.gather_extra(local)
-        context = batch.context
-        terms: dict[str, Tensor] = {}
-        for callback in self.loss_callbacks:
-            own = replace(context, extra=extra[callback]) if callback in extra else context
-            for name, term in callback.loss_terms(student, teacher, own).items():
-                if name in terms:
-                    raise ValueError(f"Two loss callbacks name a term {name!r}: rename one of them.")
-                if not isinstance(term, Tensor) or term.ndim != 0:
-                    raise TypeError(
-                        f"{type(callback).__name__} gives {name!r} as {term!r}: a term is a scalar tensor."
-                    )
-                terms[name] = term
-        if clash := terms.keys() & context.metrics.keys():
-            raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
-        loss = torch.stack([term.to(student.image.device) for term in terms.values()]).sum()
-        self._means.add({"loss": loss, **terms, **context.metrics})
+        terms = loss_terms(self.loss_callbacks, student, teacher, batch.context, batch.gather_extra(local))
+        loss = torch.stack(list(terms.values())).sum()
+        self._means.add({"loss": loss, **terms, **batch.context.metrics})
         found = replace(student, image=student.image.detach(), text=student.text.detach())
-        self._computed = {name: term.detach() for name, term in terms.items()}, found, context.row_ids
+        self._computed = {name: term.detach() for name, term in terms.items()}, found, batch.context.row_ids
         return loss
 
     def _teacher_embeddings(self, batch: dict[str, Tensor]) -> PairEmbeddings | None:
-        """The old model's embeddings of this process's batch, in chunks where the student has chunks."""
+        """In chunks where the student has chunks; None where no callback asks for the old model."""
         if not self._needs_teacher:
             return None
-        rows = len(batch["input_ids"])
-        size = self.args.gradient_cache_chunk_size or rows
-        parts = [
-            self.teacher.embed({name: tensor[at : at + size] for name, tensor in batch.items()})
-            for at in range(0, rows, size)
-        ]
-        image, text = (torch.cat([getattr(part, side) for part in parts]) for side in ("image", "text"))
-        return replace(parts[0], image=image, text=text)
+        return embed_in_chunks(self.teacher, batch, self.args.gradient_cache_chunk_size)
+
+    def _gradients(
+        self, loss: Callable[[PairEmbeddings, LossContext], Tensor], batches: int
+    ) -> Iterator[BatchGradient]:
+        """See `PhaseBoundary`."""
+        some = itertools.islice(self._contrastive_batches(), batches)
+        chunk_size = self.args.gradient_cache_chunk_size
+        return batch_gradients(loss, some, self._dual_encoder, self.accelerator, self._context, chunk_size)
+
+    def _contrastive_batches(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of one epoch, as those of one optimizer step are held together with the gradient cache."""
+        batches = iter(self.get_train_dataloader())
+        while held := list(itertools.islice(batches, self.args.batches_held)):
+            yield join_batches([tensors_of(self._prepare_inputs(batch)) for batch in held], self._pad_token_id)
+
+    # ---- Batches, optimizer and log ----
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches of pairs in an order that depends on (data seed, epoch) alone; each process gets its share."""
@@ -474,7 +424,7 @@ class ModXTrainer(Trainer):
         batches = GlobalBatches(
             len(self.train_dataset),
             self._train_batch_size,
-            seed=self._data_seed,
+            seed=self.args.effective_data_seed,
             current_epoch=lambda: int(self.state.epoch or 0),
             drop_last=self.args.dataloader_drop_last,
             batches_held=self.args.batches_held,
@@ -484,26 +434,7 @@ class ModXTrainer(Trainer):
             process_index=process_index(),
             num_processes=world_size(),
         )
-        workers = self.args.dataloader_num_workers
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batches,
-            collate_fn=collator,
-            num_workers=workers,
-            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
-            pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
-            persistent_workers=self.args.dataloader_persistent_workers and workers > 0,
-            timeout=self.args.dataloader_timeout if workers else 0,
-        )
-        # As for one process: the batches are shared out already.
-        return prepare_data_loader(
-            loader,
-            self.accelerator.device,
-            num_processes=1,
-            process_index=0,
-            put_on_device=True,
-            non_blocking=self.accelerator.non_blocking,
-        )
+        return dataloader_of_shares(dataset, batches, collator, self.args, self.accelerator)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """As in `Trainer`, from workers that may die or hang (see `PatientBatches`)."""
@@ -605,7 +536,12 @@ class ModXTrainer(Trainer):
         """The metrics of `evaluate` without prefix and log; `on_encoded` gets the embeddings of pairs, `on_classes`
         what is reached in each class."""
         if isinstance(test, LabelTest):
-            measured = self._measure(test)
+            args = self.args
+            with self._in_eval_mode() as model:
+                encoder = Encoder(
+                    model, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
+                )
+                measured = test.measured(encoder)
             if on_classes is not None and measured.per_class is not None:
                 on_classes(measured.per_class)
             return measured.metrics
@@ -616,31 +552,24 @@ class ModXTrainer(Trainer):
 
     def encode(self, dataset: Dataset) -> EncodedPairs:
         """The embeddings of a test set in eval mode, with all captions; shared by all processes, the same on each."""
-        was_training = self.model.training
-        self.model.eval()
-        with self.accelerator.autocast():
-            encoded = encode_pairs(
-                self._dual_encoder,
+        with self._in_eval_mode() as model:
+            return encode_pairs(
+                model,
                 self._pairs(dataset),
                 self._pair_collator(),
                 batch_size=self.args.eval_batch_size,
                 num_workers=self.args.dataloader_num_workers,
                 device=self.args.device,
             )
-        self.model.train(was_training)
-        return encoded
 
-    def _measure(self, test: LabelTest) -> Measured:
+    @contextmanager
+    def _in_eval_mode(self) -> Iterator[nn.Module]:
+        """The dual encoder without its wrappers, in the precision of the training."""
         was_training = self.model.training
         self.model.eval()
-        args = self.args
-        encoder = Encoder(
-            self._dual_encoder, self._pair_collator(), args.eval_batch_size, args.dataloader_num_workers, args.device
-        )
         with self.accelerator.autocast():
-            measured = test.measured(encoder)
+            yield self._dual_encoder
         self.model.train(was_training)
-        return measured
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(
@@ -748,19 +677,13 @@ class ModXTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # The stock method pushes what lies in the output folder, in the background, and asks for no outcome.
-        self._tell_failed_pushes()
+        warn_of_failed_pushes(getattr(self, "push_in_progress", None), self.args.hub_token)
         self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _finish_current_push(self) -> None:
         super()._finish_current_push()
-        self._tell_failed_pushes()
-
-    def _tell_failed_pushes(self) -> None:
-        push = getattr(self, "push_in_progress", None)
-        for job in push.jobs if push is not None else []:
-            if job.done() and job.exception() is not None:
-                logger.warning("A checkpoint was not pushed. %s", describe(job.exception(), self.args.hub_token))
+        warn_of_failed_pushes(getattr(self, "push_in_progress", None), self.args.hub_token)
 
     # ---- Parts ----
 
@@ -769,15 +692,16 @@ class ModXTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     @property
-    def _data_seed(self) -> int:
-        return self.args.data_seed if self.args.data_seed is not None else self.args.seed
-
-    @property
     def _positives(self) -> bool:
         return self.args.same_pair_id == "positive"
 
     def _arrangement(self) -> Arrangement | None:
         return arrangement_for(self.args, self.train_dataset, has_columns=self._uses_columns)
+
+    @property
+    def _first_memory_row(self) -> int | None:
+        """The row ids of the memory follow those of the training set; None: there is no memory."""
+        return len(self.train_dataset) if self.memory is not None else None
 
     @property
     def _needs_teacher(self) -> bool:
@@ -794,112 +718,6 @@ class ModXTrainer(Trainer):
         if any(callback.needs_phase_start for callback in self.loss_callbacks) and not self._phase_start:
             self._phase_start = {name: weight.detach().clone() for name, weight in trained_weights(self.model).items()}
 
-    def _context(self, inputs: dict[str, Tensor], counts: list[int]) -> tuple[LossContext, Tensor | None]:
-        """The context of the global batch, and which of the gathered rows belong to it (None: all)."""
-        names = [name for name in ("row_id", "pair_id", "caption_id", "caption_index") if name in inputs]
-        if names:
-            ids = all_gather_rows(torch.stack([inputs[name] for name in names], dim=1), counts)
-            ids = dict(zip(names, ids.unbind(dim=1), strict=True))
-        else:
-            ids = {}
-        row_ids = ids.get("row_id", torch.arange(sum(counts), device=inputs["input_ids"].device))
-        pair_ids = ids.get("pair_id", row_ids)
-        if self.args.mask_duplicates and "caption_id" not in ids:
-            raise ValueError(
-                "mask_duplicates needs a caption_id (N,) of integers in the batches of your data_collator."
-            )
-        if "caption_id" in ids:
-            pair_ids = torch.stack([pair_ids, ids["caption_id"]], dim=1)
-        # Only a batch that is not full can hold filled-in rows; looking for them costs a synchronisation.
-        kept = None
-        if world_size() > 1 and not self.args.dataloader_drop_last:
-            kept = first_occurrences(row_ids)
-        if kept is not None:
-            row_ids, pair_ids = row_ids[kept], pair_ids[kept]
-            ids = {name: values[kept] for name, values in ids.items()}
-        is_replay, stored = self._replayed(row_ids, ids.get("caption_index"))
-        context = LossContext(
-            model=self._dual_encoder,
-            batch=inputs,
-            pair_ids=pair_ids,
-            row_ids=row_ids,
-            is_replay=is_replay,
-            step=self.state.global_step,
-            epoch=self.state.epoch or 0.0,
-            phase_start=self._phase_start,
-            shard=own_shard(counts) if world_size() > 1 and kept is None else None,
-            positives=self._positives,
-            stored=stored,
-        )
-        return context, kept
-
-    def _replayed(self, row_ids: Tensor, caption_index: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Which rows of the global batch come from the memory, and the embeddings stored with them."""
-        if self.memory is None:
-            return torch.zeros_like(row_ids, dtype=torch.bool), None
-        is_replay = row_ids >= len(self.train_dataset)
-        if self._stored is None or not is_replay.any():
-            return is_replay, None
-        places = row_ids[is_replay] - len(self.train_dataset)
-        return is_replay, self._stored.look_up(places, caption_index[is_replay])
-
-    def _gradients(
-        self, loss: Callable[[PairEmbeddings, LossContext], Tensor], batches: int
-    ) -> Iterator[BatchGradient]:
-        """See `PhaseBoundary`. The model is called unwrapped and may be unprepared: the result is the same."""
-        model = self._dual_encoder
-        was_training = model.training
-        model.eval()
-        try:
-            with leaves_of_trained_weights(model) as leaves:
-                for inputs in itertools.islice(self._contrastive_batches(), batches):
-                    model.zero_grad()
-                    context = self._backward(model, inputs, loss)
-                    found = {
-                        name: gather_stacked(parameter.grad).mean(dim=0) / self._gradient_scale
-                        for name, parameter in leaves.items()
-                        if parameter.grad is not None
-                    }
-                    model.zero_grad()
-                    yield BatchGradient(len(context.row_ids), found)
-        finally:
-            model.train(was_training)
-
-    def _backward(
-        self, model: nn.Module, inputs: dict[str, Tensor], loss: Callable[[PairEmbeddings, LossContext], Tensor]
-    ) -> LossContext:
-        counts = row_counts(inputs["input_ids"])
-        context, kept = self._context(inputs, counts)
-
-        def embed(chunk: Mapping[str, Tensor]) -> PairEmbeddings:
-            with self.accelerator.autocast():
-                found = embed_pairs(model, model, chunk)
-            if self.accelerator.mixed_precision == "no":
-                return found
-            return replace(found, image=found.image.float(), text=found.text.float())
-
-        def loss_of(image: Tensor, text: Tensor) -> Tensor:
-            return loss(gather_pairs(pair_embeddings(model, image, text), counts, kept), context)
-
-        size = self.args.gradient_cache_chunk_size
-        if size is None:
-            whole = embed(inputs)
-            self.accelerator.backward(loss_of(whole.image, whole.text))
-        else:
-            GradientCache(size).backward(self.accelerator, model, inputs, embed, loss_of)
-        return context
-
-    def _contrastive_batches(self) -> Iterator[dict[str, Tensor]]:
-        """The batches of one epoch, as those of one optimizer step are held together with the gradient cache."""
-        batches = iter(self.get_train_dataloader())
-        while held := list(itertools.islice(batches, self.args.batches_held)):
-            yield join_batches([tensors_of(self._prepare_inputs(batch)) for batch in held], self._pad_token_id)
-
-    @property
-    def _gradient_scale(self) -> float:
-        """What fp16 multiplies the loss by."""
-        return self.accelerator.scaler.get_scale() if self.accelerator.scaler is not None else 1.0
-
     @property
     def _pad_token_id(self) -> int:
         tokenizer = getattr(self.processing_class, "tokenizer", None)
@@ -909,13 +727,10 @@ class ModXTrainer(Trainer):
         """The new pairs, and after them those of the memory."""
         if self.memory is None:
             return self._pairs(self.train_dataset)
-        parts = [self.train_dataset, self.memory]
-        columns = [self.args.image_column, self.args.caption_column, self.args.pair_id_column]
-        shared = [column for column in columns if all(column in part.column_names for part in parts)]
-        return self._pairs(concatenate_datasets([part.select_columns(shared) for part in parts]))
+        return self._pairs(concatenate_shared([self.train_dataset, self.memory], self.args.pair_columns))
 
     def _pairs(self, dataset: Dataset) -> PairDataset:
-        return PairDataset(dataset, self.args.image_column, self.args.caption_column, self.args.pair_id_column)
+        return PairDataset(dataset, *self.args.pair_columns)
 
     def _pair_collator(self, mask_duplicates: bool = False) -> PairCollator:
         if self.processing_class is None:
@@ -923,7 +738,7 @@ class ModXTrainer(Trainer):
         return PairCollator.for_model(
             self._dual_encoder,
             self.processing_class,
-            seed=self._data_seed,
+            seed=self.args.effective_data_seed,
             image_augmentation=self.args.image_augmentation,
             mask_duplicates=mask_duplicates,
         )
@@ -938,28 +753,7 @@ class ModXTrainer(Trainer):
         if self.train_dataset is None:
             return
         self._arrangement()
-        pairs = min(self.args.contrastive_batch_size, len(self.train_dataset))
-        if pairs < 2:
-            raise ValueError(
-                f"A contrastive batch of {pairs} pair has no negatives: raise per_device_train_batch_size (now "
-                f"{self.args.per_device_train_batch_size}) or give more data (now {len(self.train_dataset)} rows)."
-            )
-        if pairs < self.args.contrastive_batch_size:
+        if not check_contrastive_batch(self.args, len(self.train_dataset)):
             # The smaller batch is all there is: dropping it would leave no step.
             self.args = copy.copy(self.args)
             self.args.dataloader_drop_last = False
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        model = super().call_model_init(trial)
-        check_dual_encoder(model)
-        model = add_adapter(model, self.args) if self.args.peft is not None else model
-        self._freeze_towers(model)
-        return model
-
-    def _freeze_towers(self, model: nn.Module) -> None:
-        for frozen, tower in (
-            (self.args.freeze_vision_model, "vision_model"),
-            (self.args.freeze_text_model, "text_model"),
-        ):
-            if frozen:
-                getattr(model, tower).requires_grad_(False)

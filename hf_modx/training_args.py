@@ -318,6 +318,16 @@ class ModXTrainingArguments(TrainingArguments):
         return self.text_learning_rate_factor * self.learning_rate
 
     @property
+    def effective_data_seed(self) -> int:
+        """`data_seed`, or `seed` where there is none."""
+        return self.data_seed if self.data_seed is not None else self.seed
+
+    @property
+    def pair_columns(self) -> list[str]:
+        """The columns of images, of captions and of pair ids."""
+        return [self.image_column, self.caption_column, self.pair_id_column]
+
+    @property
     def total_batch_size(self) -> int:
         """Pairs of one optimizer step, on all processes."""
         return self.train_batch_size * self.world_size * self.gradient_accumulation_steps

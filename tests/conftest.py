@@ -3,6 +3,7 @@
 import gc
 import os
 import tempfile
+from functools import partial
 
 from hub_server import reserve_port
 
@@ -31,9 +32,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from hf_modx import ModXTrainingArguments
-
-from tiny import tiny_clip, tiny_pairs, tiny_processor
+from tiny import quick_arguments, tiny_clip, tiny_pairs, tiny_processor
 
 pytest_plugins = ["hub_fixtures"]
 
@@ -45,9 +44,12 @@ os.fsync = lambda file: None
 settings.register_profile("short", max_examples=50, deadline=None)
 settings.register_profile("long", max_examples=10_000, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "short"))
-# accelerate collects garbage before every training run, half a second each time with all that is imported here: what
-# is there now stays for good and need not be looked through.
-gc.freeze()
+
+
+def pytest_collection_finish():
+    """Garbage is collected several times in every run, half a second each time with all that is imported here: what is
+    there now stays for good and need not be looked through."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -68,24 +70,7 @@ def pairs():
 @pytest.fixture
 def make_args(tmp_path):
     """Arguments for six quick steps; keywords override."""
-
-    def make(**changes):
-        settings = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 8,
-            "per_device_eval_batch_size": 16,
-            "max_steps": 6,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "spatial_disorder": False,  # a fifth of a tiny run's time, and what few tests are about
-        }
-        return ModXTrainingArguments(**{**settings, **changes})
-
-    return make
+    return partial(quick_arguments, tmp_path / "out")
 
 
 @pytest.fixture

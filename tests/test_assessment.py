@@ -17,8 +17,7 @@ from hf_modx.assessment import Assessment, Duplicates, Shift, advise, assess, me
 from hf_modx.cli import main, make_parser
 from hf_modx.cli.assess import planned
 from hf_modx.data import PairCollator
-from hf_modx.demo import DEMO_DEFAULTS, trained_base
-from hf_modx.demo_streams import DEMO_STREAMS
+from hf_modx.demo import DEMO_DEFAULTS, DEMO_STREAMS, trained_base
 from hf_modx.evaluation import EncodedPairs, Encoder
 from hf_modx.pretrained import load_dual_encoder
 

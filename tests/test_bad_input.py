@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_modx import ContinualRun, Phase, PhaseStream
-from hf_modx.bad_samples import find_bad_samples
 from hf_modx.data import PairCollator, PairDataset
+from hf_modx.data.bad_samples import find_bad_samples
 from hf_modx.embeddings import text_inputs
 
 from tiny import SIZE, tiny_pairs, tiny_processor

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features, List, Value
 from PIL import Image
 
-from hf_modx.bad_samples import BadSample, drop_bad_samples, find_bad_samples
+from hf_modx.data.bad_samples import BadSample, drop_bad_samples, find_bad_samples
 
 
 def encoded(image_format: str = "PNG", seed: int = 0) -> bytes:

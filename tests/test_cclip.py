@@ -18,10 +18,10 @@ from hf_modx import (
     PairEmbeddings,
     build_recipe,
 )
-from hf_modx.beside_model import TRAINED_BESIDE_NAME
 from hf_modx.callbacks import ProjectedDistillation, WiseFT
 from hf_modx.losses import contrastive_distillation
 from hf_modx.recipes import recipe_arguments
+from hf_modx.training.checkpoint import TRAINED_BESIDE_NAME
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor

@@ -14,9 +14,9 @@ from hf_modx import Phase, PhaseStream
 from hf_modx.cli import main
 from hf_modx.cli.forget import ids_in
 from hf_modx.deletion import Deletions, forget
-from hf_modx.hub import HubPublisher, Revision
-from hf_modx.hub_faults import RepositoryConflict
-from hf_modx.identity import changes
+from hf_modx.hub.faults import RepositoryConflict
+from hf_modx.hub.publisher import HubPublisher, Revision
+from hf_modx.run.identity import changes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 

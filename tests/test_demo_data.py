@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import CLIPProcessor
 
-from hf_modx import demo_data
-from hf_modx.demo_data import (
+from hf_modx.demo.base import base as demo
+from hf_modx.demo.base import data as demo_data
+from hf_modx.demo.data import (
     ATTRIBUTION,
     IMAGE_SIZE,
     STYLES,
@@ -294,6 +295,32 @@ def test_folds_depend_on_the_seed(data):
 def test_impossible_number_of_folds_is_rejected(data, num_folds):
     with pytest.raises(ValueError, match="num_folds must lie between"):
         fold_concepts(data["twemoji"], num_folds)
+
+
+# Tests and validation of the stream of styles
+
+
+@pytest.fixture(scope="session")
+def kept_back(data):
+    return demo._validation_folds(data["twemoji"], 4)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_test_of_any_seed_has_what_validation_has(data, kept_back, seed):
+    tests = demo._test_folds(data["twemoji"], seed, kept_back)
+    assert not any(set(test) & set(kept) for test, kept in zip(tests, kept_back, strict=True))
+    assert sorted(row for test in tests for row in test) == list(range(len(data["twemoji"])))
+
+
+@pytest.mark.parametrize("seed", demo.SEEDS_BEFORE_VALIDATION)
+def test_validation_leaves_the_tests_of_published_seeds_as_they_were(data, kept_back, seed):
+    assert demo._test_folds(data["twemoji"], seed, kept_back) == fold_concepts(data["twemoji"], 4, seed)
+
+
+def test_validation_has_a_tenth_of_the_concepts_in_every_fold_and_none_twice(data, kept_back):
+    rows = [row for kept in kept_back for row in kept]
+    assert len(rows) == len(set(rows))
+    assert min(map(len, kept_back)) > len(data["twemoji"]) / 10
 
 
 # Processor and model

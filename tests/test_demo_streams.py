@@ -1,10 +1,13 @@
 """The built-in streams of new concepts, and the form of all of them for choosing options."""
 
+from collections import Counter
+
 import datasets
 import pytest
 
 from hf_modx import PhaseStream
-from hf_modx.demo_streams import DEMO_STREAMS, GROUPS
+from hf_modx.demo import DEMO_STREAMS
+from hf_modx.demo.streams import GROUPS
 
 from tiny import tiny_pairs
 
@@ -63,18 +66,29 @@ def test_tested_drawings_are_not_trained_on(stream):
     assert not any(drawings(phase.test) & trained for phase in stream.all_phases())
 
 
-def test_validation_sees_no_test_drawing_and_two_phases(stream, validation):
-    tested = set.union(*(drawings(phase.test) for phase in stream.all_phases()))
-    assert [phase.name for phase in validation] == [phase.name for phase in stream][:2]
-    for phase in validation.all_phases():
-        assert not tested & (drawings(phase.train) | drawings(phase.test))
+@pytest.mark.parametrize("seed", [0, 4, 5, 10])
+def test_tests_of_no_seed_hold_a_validation_drawing(name, validation, seed):
+    tested = set.union(*(drawings(phase.test) for phase in DEMO_STREAMS[name](seed=seed).all_phases()))
+    assert not any(drawings(phase.test) & tested for phase in validation.all_phases())
 
 
 def test_validation_holds_out_drawings_that_training_would_have(stream, validation):
+    assert [phase.name for phase in validation] == [phase.name for phase in stream][:2]
     for phase, whole in zip(validation.all_phases(), stream.all_phases(), strict=False):
         assert drawings(phase.test) < drawings(whole.train)
-        assert not drawings(phase.test) & drawings(phase.train)
-        assert len(phase.test) > 100
+        assert len(phase.test) > 130
+
+
+def test_validation_drawings_are_not_trained_on(validation):
+    trained = set.union(*(drawings(phase.train) for phase in validation.all_phases()))
+    assert not any(drawings(phase.test) & trained for phase in validation.all_phases())
+
+
+@pytest.mark.parametrize("name", NEW_CONCEPTS)
+def test_validation_leaves_out_renderings_of_its_drawings(name):
+    for phase in DEMO_STREAMS[name](validation=True).all_phases():
+        seen = Counter(phase.train["pair_id"])
+        assert {seen[concept] for concept in concepts(phase.test)} == {2}  # by the two other artists
 
 
 def test_union_test_has_the_pairs_of_all_tests():

@@ -11,9 +11,9 @@ from transformers import CLIPModel
 
 from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.data import PairCollator, PairDataset
-from hf_modx.disorder_of_run import DisorderOfRun
 from hf_modx.evaluation import EncodedPairs, encode_pairs, imav, spatial_disorder
 from hf_modx.evaluation.disorder import angles, bin_names
+from hf_modx.run.disorder import DisorderOfRun
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -280,7 +280,7 @@ def test_models_that_diverge_have_no_disorder_and_the_run_goes_on(caplog):
 
 
 def test_large_tests_are_thinned_evenly(monkeypatch):
-    monkeypatch.setattr("hf_modx.disorder_of_run.MAX_SAMPLES", 4)
+    monkeypatch.setattr("hf_modx.run.disorder.MAX_SAMPLES", 4)
     record = DisorderOfRun(lambda number, what: pairs(unit(10, seed=number), unit(10)))
     found = record.measure(1, ["large"], [])["since_start"]["tests"]["large"]
     rows = [0, 3, 6, 9]

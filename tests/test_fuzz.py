@@ -20,8 +20,8 @@ from PIL import Image
 from transformers import HfArgumentParser
 
 from hf_modx import ModXTrainingArguments
-from hf_modx.bad_samples import find_bad_samples
 from hf_modx.data import PairCollator, PairDataset
+from hf_modx.data.bad_samples import find_bad_samples
 from hf_modx.recipes import RECIPES
 from hf_modx.yaml_arguments import parse_arguments
 

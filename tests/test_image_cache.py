@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil
 
 from hf_modx import ModXTrainer
 from hf_modx.data import PairCollator, PairDataset
-from hf_modx.image_cache import cache_resized_images
+from hf_modx.data.image_cache import cache_resized_images
 
 from launch import launch
 from tiny import SIZE, tiny_clip, tiny_processor

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_modx.data import PairCollator
-from hf_modx.images import augment_affine_color, to_rgb
+from hf_modx.data.images import augment_affine_color, to_rgb
 
 WHITE, BLACK, RED, BLUE = (255, 255, 255), (0, 0, 0), (255, 0, 0), (0, 0, 255)
 MODES = ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"]

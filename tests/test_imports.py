@@ -11,7 +11,7 @@ ABOVE = {
     "evaluation": {"callbacks", "recipes", "trainer", "continual", "cli"},
     "callbacks": {"recipes", "trainer", "continual", "evaluation", "cli"},
     "recipes": {"trainer", "continual", "phases", "cli"},
-    "trainer": {"continual", "phases", "run_folder", "cli"},
+    "trainer": {"continual", "phases", "run", "cli"},
     "continual": {"cli", "report"},
 }
 

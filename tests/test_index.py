@@ -18,7 +18,6 @@ from hf_modx import Contrastive, ModXTrainer, ModXTrainingArguments
 from hf_modx.callbacks import Anchor
 from hf_modx.cli import main
 from hf_modx.cli.index_check import advice
-from hf_modx.cross_phase_of_run import CrossPhaseOfRun
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, encode_pairs, retrieval_metrics
 from hf_modx.evaluation.cross_phase import index_recalls
@@ -27,6 +26,7 @@ from hf_modx.losses import anchor_loss
 from hf_modx.report import read_run
 from hf_modx.report.tables import compare
 from hf_modx.report.writing import default_metrics
+from hf_modx.run.cross_phase import CrossPhaseOfRun
 
 from test_continual import TESTS, make_stream
 from tiny import tiny_clip, tiny_pairs

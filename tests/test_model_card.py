@@ -18,12 +18,12 @@ from PIL import Image
 from transformers import AutoModel, Trainer
 
 from hf_modx import RECIPES, ContinualRun, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream
-from hf_modx.card_metadata import write_eval_results
 from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.markdown import escaped, table
 from hf_modx.model_card import phase_card, trainer_card, write_card_of_run, write_phase_card
+from hf_modx.model_card.metadata import write_eval_results
 from hf_modx.plots import draw_matrix
-from hf_modx.provenance import data_source, environment, model_source
+from hf_modx.run.provenance import data_source, environment, model_source
 
 from card_schema import card_problems
 from tiny import tiny_clip, tiny_pairs

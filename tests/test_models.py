@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoProcessor
 from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.callbacks.contrastive import contrastive_loss
 from hf_modx.data import PairCollator, PairDataset
+from hf_modx.data.image_cache import cache_resized_images
 from hf_modx.embeddings import (
     embed_images,
     embed_pairs,
@@ -25,7 +26,6 @@ from hf_modx.embeddings import (
     token_table,
 )
 from hf_modx.gradcache import GradientCache
-from hf_modx.image_cache import cache_resized_images
 from hf_modx.pseudo_texts import Inversion, PseudoTextSearch
 from hf_modx.recipes import recipe_arguments
 from hf_modx.teacher import AdapterOffTeacher, teacher_of

@@ -10,10 +10,10 @@ from test_distributed import arguments, largest_difference
 from test_losses import BOTH_IDS, EXACT, IDS, Batch, SigmoidBatch, assert_same_gradients, old_model_of_matrix
 
 from hf_modx import Contrastive, ModXTrainer, Phase, PhaseStream
-from hf_modx.identity import changes, run_identity
+from hf_modx.data.pair_groups import Arrangement
+from hf_modx.data.sampling import GlobalBatches
 from hf_modx.losses import affinity_distillation, info_nce
-from hf_modx.pair_groups import Arrangement
-from hf_modx.sampling import GlobalBatches
+from hf_modx.run.identity import changes, run_identity
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor

@@ -21,8 +21,8 @@ from hf_modx import (
     build_recipe,
 )
 from hf_modx.callbacks import EWC, L2SP, ExperienceReplay, ReferenceDistillation, WeightEnsemble, check_recipe
-from hf_modx.identity import run_identity
 from hf_modx.recipes import recipe_name
+from hf_modx.run.identity import run_identity
 
 from launch import launch
 from test_continual import StopAt, make_stream, weights

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from hf_modx import ContinualRun, Contrastive, LossCallback, ModXTrainer
 from hf_modx.disk import bytes_of_phase, require_room, size_of
-from hf_modx.run_folder import checkpoints_folder, last_complete_checkpoint
+from hf_modx.run.folder import checkpoints_folder, last_complete_checkpoint
 
 from test_continual import make_stream
 

@@ -13,10 +13,10 @@ from transformers import TrainerCallback
 from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.adapter import add_adapter
 from hf_modx.callbacks import RetentionBudget
-from hf_modx.card_keeping import kept_rows_notes, retention_notes
 from hf_modx.evaluation import RetrievalTest, ZeroShotTest
-from hf_modx.phase_line import PhaseLine, require_line, snapshot
-from hf_modx.retention_of_run import load_retention_tests
+from hf_modx.interpolation import PhaseLine, require_line, snapshot
+from hf_modx.model_card.keeping import kept_rows_notes, retention_notes
+from hf_modx.run.retention import load_retention_tests
 from hf_modx.trained_weights import adapters_merged, trained_weights
 
 from launch import launch

@@ -16,12 +16,12 @@ from hf_modx import ContinualRun, ModXTrainingArguments, PhaseStream
 from hf_modx.cli import main
 from hf_modx.deletion import forget
 from hf_modx.files import write_text
-from hf_modx.hub import HubPublisher
-from hf_modx.hub_faults import RepositoryConflict
-from hf_modx.hub_run import revision_of_phase
-from hf_modx.identity import changes, run_identity
+from hf_modx.hub.faults import RepositoryConflict
+from hf_modx.hub.publisher import HubPublisher
+from hf_modx.hub.run import revision_of_phase
 from hf_modx.rollback import reopen, rollback
-from hf_modx.run_folder import JOURNAL, refuse_unfinished_rollback
+from hf_modx.run.folder import JOURNAL, refuse_unfinished_rollback
+from hf_modx.run.identity import changes, run_identity
 
 from hub_server import Faults
 from test_continual import StopAt, make_stream, results, run, same, weights  # noqa: F401 - run is a fixture
@@ -384,7 +384,7 @@ def publish(folder):
     for number in range(len(record["identity"]["phases"]) + 1):
         contents = {"run": {**record, "phase": number}, "results": {"rows": number + 1}}
         made.append(revision_of_phase(folder, number, number - 1 if number else None, f"Phase {number}", **contents))
-    return publisher.publish(made)
+    return publisher.publish(len(made), made.__getitem__)
 
 
 def test_killed_at_any_change_of_a_file_the_same_command_finishes_it(tmp_path, kill_before):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hf_modx.sampling import GlobalBatches
+from hf_modx.data.sampling import GlobalBatches
 
 NEW, MEMORY = 50, 22
 

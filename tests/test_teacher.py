@@ -16,15 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
-from hf_modx.data import EpochSampler, PairCollator, PairDataset
+from hf_modx.data import PairCollator, PairDataset
+from hf_modx.data.sampling import GlobalBatches
 from hf_modx.embeddings import check_dual_encoder, embed_pairs
 from hf_modx.teacher import AdapterOffTeacher, Teacher, adapter_is_fresh, teacher_of
-from hf_modx.teacher_cache import (
-    build_teacher_cache,
-    cache_obstacle,
-    caption_offsets,
-    choose_cache,
-)
+from hf_modx.teacher.cache import build_teacher_cache, cache_obstacle, caption_offsets, choose_cache
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -81,8 +77,8 @@ def build(teacher, dataset, collator, accelerator, folder=None, **options):
 
 def training_batches(dataset, collator, epochs=3):
     for epoch in range(epochs):
-        sampler = EpochSampler(len(dataset), 7, lambda epoch=epoch: epoch)
-        yield from DataLoader(dataset, batch_size=8, sampler=sampler, collate_fn=collator, drop_last=True)
+        batches = GlobalBatches(len(dataset), 8, seed=7, current_epoch=lambda epoch=epoch: epoch, drop_last=True)
+        yield from DataLoader(dataset, batch_sampler=batches, collate_fn=collator)
 
 
 def largest_difference(first, second, batches):

@@ -17,7 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_modx import Contrastive, LossCallback, ModX, ModXTrainer
 from hf_modx.losses import info_nce, modx_loss
 from hf_modx.teacher import AdapterOffTeacher, Teacher
-from hf_modx.teacher_cache import CachedTeacher
+from hf_modx.teacher.cache import CachedTeacher
 
 from tiny import tiny_clip
 

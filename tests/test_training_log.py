@@ -3,7 +3,7 @@
 import json
 import math
 
-from hf_modx.training_log import thinned_log
+from hf_modx.run.training_log import thinned_log
 
 HISTORY = [
     {"loss": 4.0, "contrastive": 3.0, "learning_rate": 0.1, "epoch": 0.5, "step": 2},

@@ -41,6 +41,8 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from hf_modx import ModXTrainingArguments
+
 COLORS = ["red", "green", "blue", "orange", "purple", "black", "pink", "brown"]
 SHAPES = ["circle", "square", "triangle", "cross", "ring", "bar"]
 SIZE = 32
@@ -110,6 +112,24 @@ def tiny_clip(processor: CLIPProcessor, seed: int = 0) -> CLIPModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return CLIPModel(config)
+
+
+def quick_arguments(folder, **changes) -> ModXTrainingArguments:
+    """Six quick steps; keywords override."""
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 16,
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "spatial_disorder": False,  # a fifth of a tiny run's time, and what few tests are about
+    }
+    return ModXTrainingArguments(**{**settings, **changes})
 
 
 # ---- Other architectures ----

@@ -20,8 +20,7 @@ from transformers import AutoModel, AutoProcessor
 
 from hf_modx import ModXTrainingArguments
 from hf_modx.data import PairCollator, PairDataset
-from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, trained_base
-from hf_modx.demo_streams import DEMO_STREAMS
+from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_STREAMS, trained_base
 from hf_modx.embeddings import PairEmbeddings, embed_pairs
 from hf_modx.losses import affinity_distillation, info_nce
 

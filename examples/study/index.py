@@ -23,11 +23,11 @@ import tables  # noqa: E402
 
 from hf_modx import PhaseStream  # noqa: E402
 from hf_modx.data import PairCollator, PairDataset  # noqa: E402
-from hf_modx.demo_streams import DEMO_STREAMS  # noqa: E402
-from hf_modx.disorder_of_run import training_sample  # noqa: E402
+from hf_modx.demo import DEMO_STREAMS  # noqa: E402
 from hf_modx.evaluation import EncodedPairs, encode_pairs, fit_alignments, index_recalls  # noqa: E402
 from hf_modx.files import read_json, write_json, write_text  # noqa: E402
 from hf_modx.pretrained import load_dual_encoder  # noqa: E402
+from hf_modx.run.disorder import training_sample  # noqa: E402
 
 METRICS = ("text_to_image_recall@1", "image_to_text_recall@1")
 WAYS = {

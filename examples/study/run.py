@@ -11,8 +11,8 @@ Run the command again after an interruption: what is finished stays, what was be
 phase. A run that fails is in the tables with its reason and is tried again. `--jobs N` runs N at a time. Other flags
 go to `examples/continual_clip.py`, as `--max_steps 400 --bf16 true`.
 
-To choose options, `--tune --seeds 10,11` shows the first two phases and other held-out drawings than those seeds'
-tests; `validation_overlap.py` says how many of them are in the tests of the seeds of the tables.
+To choose options, `--tune --seeds 10,11` runs the first two phases and tests them on drawings that are in no seed's
+tests.
 `--short` takes about 20 minutes on two cores, `--tiny` tells in a few whether everything runs.
 """
 

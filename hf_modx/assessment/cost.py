@@ -13,9 +13,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback
 
-from ..bad_samples import drop_bad_samples, find_bad_samples
 from ..callbacks import replay_of
-from ..load_data import at_most
+from ..data.bad_samples import drop_bad_samples, find_bad_samples
+from ..data.loading import at_most
 from ..recipes import Part, build_recipe
 from ..trainer import ModXTrainer
 from ..training_args import ModXTrainingArguments

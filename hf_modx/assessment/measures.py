@@ -9,15 +9,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..bad_samples import drop_bad_samples, find_bad_samples
 from ..data import PairCollator, PairDataset, as_captions
+from ..data.bad_samples import drop_bad_samples, find_bad_samples
+from ..data.loading import at_most
+from ..data.overlap import image_digests, shared_rows
+from ..data.pair_groups import Arrangement
+from ..data.sampling import GlobalBatches
 from ..evaluation import EncodedPairs, Encoder, encode_pairs, linear_probe_accuracy, retrieval_metrics
-from ..load_data import at_most
 from ..losses.affinity import rows_ranked_first
-from ..overlap import image_digests, shared_rows
-from ..pair_groups import Arrangement
 from ..phases import Phase
-from ..sampling import GlobalBatches
 
 SAMPLE = 2048
 """Rows of a part that are decoded and embedded."""

@@ -107,11 +107,10 @@ class IncCLIP(LossCallback):
         self._forget()
         if phase.memory is None:
             return
-        columns = (phase.args.image_column, phase.args.caption_column, phase.args.pair_id_column)
-        pairs = PairDataset(phase.memory, *columns)
+        pairs = PairDataset(phase.memory, *phase.args.pair_columns)
         model = phase.model if self.refresh_every is None else copy.deepcopy(phase.model).requires_grad_(False)
         self._search = PseudoTextSearch(model, pairs, phase.collator, phase.args.eval_batch_size)
-        self._seed = phase.args.data_seed if phase.args.data_seed is not None else phase.args.seed
+        self._seed = phase.args.effective_data_seed
         self._new_rows = len(phase.train_dataset)
         self._pair_ids = torch.arange(self._new_rows, self._new_rows + len(pairs))
         if pairs.pair_id_column and pairs.pair_id_column in phase.train_dataset.column_names:

@@ -53,7 +53,7 @@ class ProjectedDistillation(LossCallback):
                 "C-CLIP trains LoRA adapters, and this model has none: all of its weights are trained. Set "
                 'peft="lora" for the method of the paper.'
             )
-        seed = phase.args.data_seed if phase.args.data_seed is not None else phase.args.seed
+        seed = phase.args.effective_data_seed
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             projector = _projector(embedding_width(phase.model))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..data import PairCollator, as_captions
+from ..data.images import to_rgb
+from ..data.loading import with_images
 from ..distributed import all_gather_rows, on_each_process, process_index, world_size
 from ..embeddings import embed_images, embed_texts
-from ..images import to_rgb
-from ..load_data import with_images
 
 
 def reference_images(table: Dataset, column: str) -> Dataset:

@@ -7,10 +7,10 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data import PairCollator
+from ..data.loading import load_table
+from ..data.overlap import image_digests
 from ..embeddings import PairEmbeddings
-from ..load_data import load_table
 from ..losses.reference import reference_distillation
-from ..overlap import image_digests
 from ..phases import content_fingerprint
 from ..pretrained import load_dual_encoder
 from .base import LossCallback, LossContext, PhaseBoundary
@@ -123,7 +123,7 @@ class ReferenceDistillation(LossCallback):
         if self._texts is None:
             self._texts = reference_texts(self._base, phase.args.caption_column)
         self._collator = phase.collator
-        seed = phase.args.data_seed if phase.args.data_seed is not None else phase.args.seed
+        seed = phase.args.effective_data_seed
         self._drawn_images = Draw(len(self._images), self.images_per_step, (seed, IMAGES))
         self._drawn_texts = Draw(len(self._texts), self.texts_per_step or len(self._texts), (seed, TEXTS))
         if self.teacher == "previous" or not self._tables:

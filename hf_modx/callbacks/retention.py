@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..distributed import on_main_process
-from ..phase_line import PhaseLine, require_line, snapshot
+from ..interpolation import PhaseLine, require_line, snapshot
 from ..trained_weights import adapters_merged
 from .base import LossCallback, PhaseBoundary
 

@@ -9,7 +9,7 @@ from datasets.utils import disable_progress_bars
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from ..hub_faults import HubError
+from ..hub.faults import HubError
 from ..markdown import one_line
 from . import assess, demo_data, disorder, evaluate, forget, index_check, merge, report, rollback
 

@@ -25,13 +25,12 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 
 from ..assessment import Advice, Assessment, Cost, advise, assess, measure_cost
-from ..card_metadata import metric_name
 from ..data import PairCollator
-from ..demo import DEMO_DEFAULTS, trained_base
-from ..demo_streams import DEMO_STREAMS
+from ..data.loading import load_splits
+from ..demo import DEMO_DEFAULTS, DEMO_STREAMS, trained_base
 from ..evaluation import Encoder
-from ..load_data import load_splits
 from ..markdown import escaped, table
+from ..model_card.metadata import metric_name
 from ..phases import TRAIN, Phase, PhaseStream
 from ..pretrained import load_dual_encoder
 from ..training_args import ModXTrainingArguments

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import DatasetDict
 
-from ..demo_streams import DEMO_STREAMS
+from ..demo import DEMO_STREAMS
 from ..phases import TEST, TRAIN
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..card_metadata import metric_name
 from ..data import PairCollator, PairDataset
-from ..demo_streams import DEMO_STREAMS
+from ..data.loading import at_most, load_splits
+from ..demo import DEMO_STREAMS
 from ..evaluation import Encoder, LabelTest, RetrievalTest, encode_pairs, load_tests, retrieval_metrics
 from ..files import write_json
-from ..load_data import at_most, load_splits
 from ..markdown import escaped, table
+from ..model_card.metadata import metric_name
 from ..phases import TEST
 from ..pretrained import load_dual_encoder
 

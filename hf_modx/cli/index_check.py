@@ -18,15 +18,15 @@ from statistics import mean
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
-from ..card_metadata import metric_name
 from ..data import PairDataset
-from ..demo_streams import DEMO_STREAMS
+from ..data.loading import at_most, concatenate_shared, load_splits
+from ..demo import DEMO_STREAMS
 from ..evaluation import EncodedPairs, fit_alignments, index_recalls
 from ..files import as_json, write_json
-from ..load_data import at_most, load_splits
 from ..markdown import escaped, table
+from ..model_card.metadata import metric_name
 from ..phases import TEST, TRAIN
 from . import evaluate
 from .disorder import embeddings
@@ -110,8 +110,7 @@ def pairs_to_fit(options: argparse.Namespace, tests: Mapping[str, PairDataset]) 
     if not wanted:
         return None
     columns = (options.image_column, options.caption_column, options.pair_id_column)
-    shared = [column for column in columns if all(column in found[name].column_names for name in wanted)]
-    together = concatenate_datasets([found[name].select_columns(shared) for name in wanted])
+    together = concatenate_shared([found[name] for name in wanted], columns)
     return PairDataset(at_most(together, options.fit_samples, options.seed), *columns)
 
 

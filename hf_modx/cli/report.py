@@ -13,8 +13,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from ..demo_streams import DEMO_STREAMS
-from ..load_data import load_splits
+from ..data.loading import load_splits
+from ..demo import DEMO_STREAMS
 from ..report import FlippedTest, RecordedRun, find_tests, flipped_tests, group_runs, read_run, write_report
 
 logger = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import EvalPrediction
 
 from ..data import PairCollator, PairDataset
+from ..data.images import to_rgb
 from ..distributed import all_gather_rows, process_index, world_size
 from ..embeddings import embed_images, embed_texts, image_inputs, text_inputs, vision_features
-from ..images import to_rgb
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
+from ..data.loading import load_table, require_columns, with_images
 from ..files import read_yaml
-from ..load_data import load_table, require_columns, with_images
 from ..phases import content_fingerprint
 from ..prompts import TEMPLATES, check_templates
 from .encoding import Encoder

@@ -34,9 +34,9 @@ import numpy as np
 from datasets import Dataset
 
 from ..callbacks.classification import class_pairs
+from ..data.loading import load_table, require_columns, with_images
 from ..evaluation.suite import EvaluationTest, RetrievalTest, ZeroShotTest, declared_tests
 from ..files import read_yaml
-from ..load_data import load_table, require_columns, with_images
 from ..phases import Phase, PhaseStream, hold_out
 from ..prompts import TEMPLATES
 from .parts import OF_PARTS, PERIODS, parts_of

@@ -11,13 +11,13 @@ from datasets import Dataset
 from PIL.Image import Image
 
 from ..data import PairCollator, PairDataset, as_captions
+from ..data.images import to_rgb
+from ..data.loading import at_most
 from ..evaluation import encode_pairs
-from ..images import to_rgb
-from ..load_data import at_most
 from ..phases import content_fingerprint
 from ..plots import Retrieved
 from ..pretrained import load_dual_encoder
-from ..run_folder import phase_folder
+from ..run.folder import phase_folder
 from .runs import RecordedRun
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..card_metadata import metric_name
 from ..evaluation.disorder import bin_names
+from ..model_card.metadata import metric_name
 from ..plots import (
     draw_curves,
     draw_disorder,

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..evaluation import EvaluationMatrix
 from ..files import read_json
-from ..run_folder import RECORD, RESULTS
+from ..run.folder import RECORD, RESULTS
 
 SEEDS = ("seed", "data_seed")
 NEEDED = ("recipe", "phases", "tests", "learned_at", "matrix", "training", "test_pairs")

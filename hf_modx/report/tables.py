@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from ..card_metadata import metric_name
 from ..evaluation import EvaluationMatrix
 from ..markdown import escaped, table
+from ..model_card.metadata import metric_name
 from .runs import RecordedRun, shared_seeds
 
 Groups = Mapping[str, Sequence[RecordedRun]]

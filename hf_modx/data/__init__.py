@@ -1,0 +1,5 @@
+"""Image-caption pairs, from wherever they are stored to batches of tensors."""
+
+from .pairs import PairCollator, PairDataset, as_captions, check_columns, check_pair_ids, check_processor
+
+__all__ = ["PairCollator", "PairDataset", "as_captions", "check_columns", "check_pair_ids", "check_processor"]

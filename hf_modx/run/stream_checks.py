@@ -1,0 +1,97 @@
+"""The checks of a stream before any training: rows that cannot be used, images that leak, parts that are too small."""
+
+import logging
+
+from datasets import Dataset
+
+from ..data import check_columns, check_pair_ids
+from ..data.bad_samples import BadSample, drop_bad_samples, find_bad_samples
+from ..data.overlap import image_digests, shared_rows
+from ..distributed import on_each_process, on_main_process, world_size
+from ..nearest import did_you_mean
+from ..phases import PhaseStream
+from ..training_args import ModXTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class StreamChecks:
+    """What of a stream can be used.
+
+    Attributes:
+        bad_samples: the rows left out so far, by the name of their part, as in "phase_1 (train)".
+    """
+
+    def __init__(self, args: ModXTrainingArguments):
+        self.args = args
+        self.bad_samples: dict[str, list[BadSample]] = {}
+
+    def usable(self, stream: PhaseStream, *, other_tests: int = 0) -> PhaseStream:
+        """The stream without the rows that cannot be used.
+
+        Args:
+            stream: with the retrieval tests.
+            other_tests: how many there are beside it.
+
+        Raises:
+            TypeError, ValueError: columns that are missing or of another type; rows that cannot be used, unless
+                `bad_samples="skip"`; parts that are too small. The message names them.
+        """
+        _refuse_unknown_pair_ids(stream, self.args.pair_id_column)
+        stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
+        _refuse_too_few_pairs(stream, self.args)
+        if not stream.tests() and other_tests == 0:
+            logger.warning("No phase has a test: nothing will tell what was forgotten. See test_fraction.")
+        return stream
+
+    def _without_bad_samples(self, name: str, part: Dataset) -> Dataset:
+        columns = (self.args.image_column, self.args.caption_column)
+        check_columns(part, *columns)
+        if self.args.pair_id_column in part.column_names:
+            check_pair_ids(part, self.args.pair_id_column)
+        bad = on_each_process(lambda rank, number: find_bad_samples(part, *columns, name, (rank, number)))
+        return self._leave_out(name, part, sorted(bad, key=lambda sample: sample.row))
+
+    def _without_leaks(self, stream: PhaseStream) -> PhaseStream:
+        """No image is both learned and tested. Where it is, the part that came first keeps it: with next month's
+        data the months before stay as they were."""
+        learned: dict[bytes | None, str] = {}
+        tested: dict[bytes | None, str] = {}
+
+        def clean(name: str, part: Dataset) -> Dataset:
+            digests = on_main_process(lambda: image_digests(part, self.args.image_column))
+            own, others = (tested, learned) if name.endswith("(test)") else (learned, tested)
+            shared = shared_rows(digests, others)
+            left_out = {sample.row for sample in shared}
+            own.update((digest, name) for row, digest in enumerate(digests) if row not in left_out)
+            return self._leave_out(name, part, shared)
+
+        return stream.map_parts(clean)
+
+    def _leave_out(self, name: str, part: Dataset, bad: list[BadSample]) -> Dataset:
+        if bad:
+            self.bad_samples[name] = self.bad_samples.get(name, []) + bad
+        return drop_bad_samples(part, bad, self.args.bad_samples, name)
+
+
+def _refuse_unknown_pair_ids(stream: PhaseStream, column: str) -> None:
+    """The column may be missing only where its name is the default one: then no data need to have it."""
+    parts = [*(part.train for part in stream.all_phases()), *(dataset for dataset, _ in stream.tests().values())]
+    known = {name: None for part in parts for name in part.column_names}
+    if column not in known and column != ModXTrainingArguments.pair_id_column:
+        near = did_you_mean(column, known)
+        raise ValueError(
+            f"There is no column {column!r} (pair_id_column) in any part.{near} The columns are: {', '.join(known)}."
+        )
+
+
+def _refuse_too_few_pairs(stream: PhaseStream, args: ModXTrainingArguments) -> None:
+    for phase in stream:
+        if min(len(phase.train), args.contrastive_batch_size) < 2:
+            raise ValueError(
+                f"Phase {phase.name!r}: a contrastive batch of one pair has no negatives "
+                f"({len(phase.train)} pairs, per_device_train_batch_size {args.per_device_train_batch_size})."
+            )
+    for name, (dataset, _) in stream.tests().items():
+        if len(dataset) < world_size():
+            raise ValueError(f"Test {name!r} has {len(dataset)} rows, too few for {world_size()} processes.")
