@@ -203,7 +203,7 @@ class ContinualRun:
             del trainer
             gc.collect()
         if self.hub is not None:
-            self.hub.settle(self._revisions, self._datasets_on_hub())
+            self.hub.settle(len(self.table.rows), self._revision, self._datasets_on_hub())
         return self.matrix()
 
     def _is_finished(self, number: int) -> bool:
@@ -602,7 +602,7 @@ class ContinualRun:
     def _push(self) -> None:
         """Publish the finished phases that are not published."""
         if self.hub is not None and self.table.rows:
-            self.hub.publish(self._revisions)
+            self.hub.publish(len(self.table.rows), self._revision)
 
     def _datasets_on_hub(self) -> list[str]:
         """Ids of the data sets that the stream was loaded from."""
@@ -610,16 +610,13 @@ class ContinualRun:
         found = {data_source(part).get("dataset_id") for part in parts}
         return sorted(found - {None})
 
-    def _revisions(self) -> list[Revision]:
-        """All finished phases as they are to be published, each with the results as they were after it."""
-        revisions = []
-        for number in range(len(self.table.rows)):
-            title, parent = "Before the first phase", None
-            if number:
-                title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
-            record = {**self._record(), "phase": number}
-            revisions.append(self.hub.revision(number, parent, title, run=record, results=self._results(number)))
-        return revisions
+    def _revision(self, number: int) -> Revision:
+        """A finished phase as it is to be published, with the results as they were after it."""
+        title, parent = "Before the first phase", None
+        if number:
+            title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
+        record = {**self._record(), "phase": number}
+        return self.hub.revision(number, parent, title, run=record, results=self._results(number))
 
 
 def _state_of(checkpoint: str) -> TrainerState:

@@ -31,6 +31,24 @@ def api(hub):
     return HfApi()
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """State of the Hub and of the folder `out` by name, made once and copied into the test afterwards."""
+    kept = {}
+
+    def prepared(name, hub, out, make):
+        if name not in kept:
+            make()
+            kept[name] = tmp_path_factory.mktemp(name)
+            shutil.copytree(hub.folder, kept[name] / "hub")
+            shutil.copytree(out, kept[name] / "out")
+        else:
+            shutil.copytree(kept[name] / "hub", hub.folder, dirs_exist_ok=True)
+            shutil.copytree(kept[name] / "out", out)
+
+    return prepared
+
+
 def pytest_itemcollected(item):
     # huggingface_hub sends large files with an argument that its HTTP library calls deprecated.
     if "hub" in item.fixturenames:

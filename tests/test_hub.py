@@ -35,7 +35,7 @@ from hub_fixtures import TESTS, run_with_hub
 from hub_server import OWNER, READER, STRANGER, Faults
 from launch import launch
 from test_continual import StopAt, make_stream
-from tiny import tiny_clip, tiny_pairs, tiny_processor
+from tiny import quick_arguments, tiny_clip, tiny_pairs, tiny_processor
 
 sys.path.insert(0, str(TESTS.parent / "examples"))
 
@@ -43,7 +43,7 @@ import continual_clip
 
 REPO = "owner/clip"
 SEEDS = int(os.environ.get("FAULT_SEEDS", "2"))
-"""How many seeds of faults to try: `FAULT_SEEDS=20 python -m pytest tests/test_hub.py -k seed`."""
+"""How many seeds of faults to try: `FAULT_SEEDS=20 python -m pytest -m "" tests/test_hub.py -k whatever_fails`."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,24 +75,6 @@ def make_run(processor, make_args, tmp_path):
     return make_run
 
 
-@pytest.fixture(scope="session")
-def prepared(tmp_path_factory):
-    """State of the Hub and of the folder `out` by name, made once and copied into the test afterwards."""
-    kept = {}
-
-    def prepared(name, hub, out, make):
-        if name not in kept:
-            make()
-            kept[name] = tmp_path_factory.mktemp(name)
-            shutil.copytree(hub.folder, kept[name] / "hub")
-            shutil.copytree(out, kept[name] / "out")
-        else:
-            shutil.copytree(kept[name] / "hub", hub.folder, dirs_exist_ok=True)
-            shutil.copytree(kept[name] / "out", out)
-
-    return prepared
-
-
 @pytest.fixture
 def finished(hub, make_run, prepared, tmp_path):
     """A published run of two phases, as it would be started again."""
@@ -110,6 +92,22 @@ def interrupted(hub, make_run, prepared, tmp_path):
 
     prepared("interrupted", hub, tmp_path / "out", fall_over)
     return make_run()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processor, tmp_path_factory):
+    """Runs of two phases that know of no Hub, by their steps; nobody changes them."""
+    done = {}
+
+    def undisturbed(max_steps):
+        if max_steps not in done:
+            args = quick_arguments(tmp_path_factory.mktemp("undisturbed"), max_steps=max_steps)
+            model = tiny_clip(processor)
+            done[max_steps] = ContinualRun(make_stream(), "finetune", args, model=model, processing_class=processor)
+            done[max_steps].run()
+        return done[max_steps]
+
+    return undisturbed
 
 
 def branches(hub, repo=REPO):
@@ -213,7 +211,7 @@ def revisions():
 
 def publish(publisher, revisions):
     publisher.claim(RECORD, is_new=False)
-    assert publisher.publish(revisions) == ()
+    assert publisher.publish(len(revisions), revisions.__getitem__) == ()
 
 
 def assert_all_there(hub, revisions):
@@ -228,6 +226,16 @@ def assert_all_there(hub, revisions):
 
 
 # ---- Publishing ----
+
+
+def test_only_what_is_published_now_is_put_together(publisher, revisions):
+    """All phases after every phase would take time and memory that grow with the square of their number."""
+    again, asked = publisher(), []
+    again.claim(RECORD, is_new=False)
+    for finished in (2, 3):
+        assert again.publish(finished, lambda number: (asked.append(number), revisions[number])[1]) == ()
+        asked.append("published")
+    assert asked == [0, 1, 1, "published", 2, 2, "published"]  # the last one for main as well
 
 
 def test_each_phase_is_one_commit_on_its_parent_with_a_branch_and_a_tag(hub, finished):
@@ -288,8 +296,8 @@ def test_more_phases_publish_only_the_new_ones(hub, finished, make_run):
     assert content(hub, "main") == content(hub, "phase-3")
 
 
-def test_run_that_was_finished_without_the_hub_is_published_later(hub, make_run):
-    make_run(push_to_hub=False).run()
+def test_run_that_was_finished_without_the_hub_is_published_later(hub, make_run, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(max_steps=2).folder, tmp_path / "out")
     run = make_run()
     stamp = (run.phase_folder(2) / "model.safetensors").stat().st_mtime_ns
     run.run()
@@ -432,7 +440,7 @@ def test_a_third_of_all_requests_fails_and_the_run_is_published_in_the_end(hub, 
     assert_published(hub, run)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, SEEDS))])
 def test_phases_are_published_once_whatever_fails(hub, publisher, revisions, tmp_path, seed):
     """The publisher alone, each start a new one."""
     hub.faults = Faults(seed=seed, rate=1 / 3, stall=0.05)
@@ -440,7 +448,7 @@ def test_phases_are_published_once_whatever_fails(hub, publisher, revisions, tmp
         again = publisher()
         with suppress(HubError):
             again.claim(RECORD, is_new=False)
-            if again.publish(revisions) == ():
+            if again.publish(len(revisions), revisions.__getitem__) == ():
                 break
     assert again.missing == () and again.published.keys() == {0, 1, 2}
     assert_all_there(hub, revisions)
@@ -613,8 +621,8 @@ def test_a_different_run_is_refused_and_changes_nothing(hub, finished, make_run,
     assert not other.phase_folder(1).exists()
 
 
-def test_a_trained_folder_of_another_run_is_refused(hub, finished, make_run):
-    make_run(folder="other", push_to_hub=False).run()
+def test_a_trained_folder_of_another_run_is_refused(hub, finished, make_run, undisturbed, tmp_path):
+    shutil.copytree(undisturbed(max_steps=2).folder, tmp_path / "other")
     with pytest.raises(RepositoryConflict, match="holds another run than"):
         make_run(folder="other").run()
 
@@ -639,20 +647,21 @@ def test_settings_can_be_corrected_before_anything_is_published(hub, make_run, m
     with monkeypatch.context() as broken:
         broken.setattr(ContinualRun, "_evaluate_phase", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            make_run(learning_rate=5.0).run()
-    run = make_run()
+            make_run(1, learning_rate=5.0).run()
+    run = make_run(1)
     run.run()
-    assert_published(hub, run)
+    assert_published(hub, run, phases=1)
 
 
 def test_second_process_on_the_machine_is_refused_while_the_first_runs(hub, make_run):
-    first = HubPublisher(REPO, Path("first"))
+    first, second = (HubPublisher(REPO, Path(name)) for name in ("first", "second"))
     first.lock()
     with pytest.raises(RepositoryConflict, match="Another run on this machine is publishing to owner/clip"):
         make_run().run()
     first.unlock()
     assert not hub.repository(REPO).exists
-    make_run(1).run()
+    second.lock()
+    second.unlock()
 
 
 def record_of(run, writer):
@@ -697,7 +706,7 @@ def test_of_two_that_come_at_once_one_gets_in(hub, interrupted, tmp_path):
 # ---- Going on elsewhere ----
 
 
-def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted, make_run):
+def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted, make_run, undisturbed):
     seen = []
 
     class Watch(TrainerCallback):
@@ -709,10 +718,9 @@ def test_an_empty_folder_goes_on_after_the_last_finished_phase(hub, interrupted,
     assert seen == ["phase-2"]
     for number in (0, 1):
         assert on_disk(elsewhere.phase_folder(number)) == on_disk(interrupted.phase_folder(number))
-    undisturbed = make_run(folder="undisturbed", push_to_hub=False)
-    undisturbed.run()
-    assert same(weights(elsewhere, 2), weights(undisturbed, 2))
-    results = [json.loads((run.folder / "results.json").read_text()) for run in (elsewhere, undisturbed)]
+    whole = undisturbed(max_steps=2)
+    assert same(weights(elsewhere, 2), weights(whole, 2))
+    results = [json.loads((run.folder / "results.json").read_text()) for run in (elsewhere, whole)]
     assert results[0]["matrix"] == results[1]["matrix"]
     assert commits(hub, "main")[-3:] == ["Phase 1: part 1", "The run goes on", "Phase 2: part 2"]
     records = [json.loads((run.folder / "run.json").read_text()) for run in (elsewhere, interrupted)]
@@ -730,6 +738,7 @@ def test_what_callbacks_and_replay_keep_goes_on_too(hub, make_run):
     assert same(weights(elsewhere, 2), weights(undisturbed, 2))
 
 
+@pytest.mark.slow
 def test_a_finished_run_in_an_empty_folder_takes_more_phases(hub, finished, make_run):
     longer = make_run(3, folder="elsewhere")
     longer.run()
@@ -788,19 +797,18 @@ def test_checkpoint_of_a_phase_lies_on_its_branch_with_a_card(hub, with_checkpoi
     assert same(loaded("phase-2"), weights(with_checkpoint, 1))
 
 
-@pytest.mark.parametrize(("asked", "step"), [(True, 4), (False, None)])
-def test_published_checkpoint_is_taken_up_when_asked(hub, with_checkpoint, make_run, asked, step):
+@pytest.mark.parametrize(("asked", "step"), [(True, 4), pytest.param(False, None, marks=pytest.mark.slow)])
+def test_published_checkpoint_is_taken_up_when_asked(hub, with_checkpoint, make_run, undisturbed, asked, step):
     elsewhere = make_run(folder="elsewhere", resume_from_hub=asked, **CHECKPOINTS)
     elsewhere.run()
     assert training(elsewhere, 2).get("resumed_at_step") == step
-    undisturbed = make_run(folder="undisturbed", push_to_hub=False, max_steps=5)
-    undisturbed.run()
-    assert same(weights(elsewhere, 2), weights(undisturbed, 2))
+    assert same(weights(elsewhere, 2), weights(undisturbed(max_steps=5), 2))
     published = content(hub, "phase-2")
     assert not [path for path in published if path.startswith("last-checkpoint")]
     assert published["README.md"] == (elsewhere.phase_folder(2) / "README.md").read_bytes()
 
 
+@pytest.mark.slow
 def test_checkpoint_that_cannot_be_published_does_not_stop_the_training(hub, make_run, caplog):
     hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/phase-1")
     with pytest.raises(UnpublishedPhases):

@@ -536,21 +536,36 @@ def largest_difference(first, second):
 
 
 # The last batch of 18 rows holds 2 pairs: fewer than there are processes.
+TRAININGS = [({}, 48), ({}, 18), ({"refresh_every": 2}, 18), ({"texts": "captions"}, 18)]
+
+
+def train_all(folder, weights, batch_size, changes):
+    for number, (options, rows) in enumerate(TRAININGS):
+        place = folder / str(number)
+        place.mkdir(parents=True, exist_ok=True)
+        train_and_save(place, weights, batch_size, rows, options, changes)
+
+
+@pytest.fixture(scope="module")
+def one_big_batch(tmp_path_factory, learned):
+    folder = tmp_path_factory.mktemp("one")
+    launch(1, train_all, folder, learned, 8, {})
+    return folder
+
+
+HELD = {"gradient_accumulation_steps": 2, "gradient_cache_chunk_size": 1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "rows"), [({}, 48), ({}, 18), ({"refresh_every": 2}, 18), ({"texts": "captions"}, 18)], ids=str
-)
-def test_processes_and_chunks_train_the_weights_of_one(tmp_path, learned, options, rows):
-    (tmp_path / "one").mkdir()
-    launch(1, train_and_save, tmp_path / "one", learned, 8, rows, options, {})
-    held = {"gradient_accumulation_steps": 2, "gradient_cache_chunk_size": 1}
-    for processes, batch_size, changes in [(1, 4, held), (2, 4, {}), (2, 2, held), (4, 2, {})]:
-        folder = tmp_path / f"{processes}-{batch_size}"
-        folder.mkdir()
-        launch(processes, train_and_save, folder, learned, batch_size, rows, options, changes)
-        ranks = [folder / f"rank-{rank}.safetensors" for rank in range(processes)]
-        assert all(largest_difference(ranks[0], other) == 0 for other in ranks[1:])
-        assert largest_difference(tmp_path / "one" / "rank-0.safetensors", ranks[0]) < 1e-9
+@pytest.mark.parametrize(("processes", "batch_size", "changes"), [(1, 4, HELD), (2, 4, {}), (2, 2, HELD), (4, 2, {})])
+def test_processes_and_chunks_train_the_weights_of_one(
+    tmp_path, learned, one_big_batch, processes, batch_size, changes
+):
+    launch(processes, train_all, tmp_path, learned, batch_size, changes)
+    for number, training in enumerate(TRAININGS):
+        ranks = [tmp_path / str(number) / f"rank-{rank}.safetensors" for rank in range(processes)]
+        assert all(largest_difference(ranks[0], other) == 0 for other in ranks[1:]), training
+        assert largest_difference(one_big_batch / str(number) / "rank-0.safetensors", ranks[0]) < 1e-9, training
 
 
 # ---- Weight norms ----

@@ -223,23 +223,32 @@ def test_adapter_of_a_checkpoint_names_no_path(finished):
 # ---- The Hub and the card ----
 
 
-def test_adapter_of_a_phase_loads_from_its_revision(run, hub, monkeypatch):
+PUBLISHED = {"lora_merge": False, "push_to_hub": True, "hub_model_id": "owner/clip"}
+
+
+@pytest.fixture
+def published(processor, hub, prepared, tmp_path, monkeypatch):
+    """A published run that keeps its adapters, as it would be started again."""
     monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
-    continual = run(lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
+    folder = tmp_path / "published"
+    prepared("adapters", hub, folder, lambda: make_run(folder, processor, **PUBLISHED).run())
+    return make_run(folder, processor, **PUBLISHED)
+
+
+def test_adapter_of_a_phase_loads_from_its_revision(published, run):
     base = CLIPModel.from_pretrained("owner/clip", revision="phase-0")
     adapted = peft.PeftModel.from_pretrained(base, "owner/clip", revision="phase-2")
-    assert same(adapted.merge_and_unload().state_dict(), continual._load_phase(2).state_dict())
+    assert same(adapted.merge_and_unload().state_dict(), published._load_phase(2).state_dict())
     config = peft.PeftConfig.from_pretrained("owner/clip", revision="phase-2")
     assert (config.base_model_name_or_path, config.revision) == ("owner/clip", "phase-0")
-    elsewhere = run(folder="new", lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
-    assert same(weights(elsewhere, 2), weights(continual, 2))
+    elsewhere = run(**PUBLISHED)
+    assert same(weights(elsewhere, 2), weights(published, 2))
 
 
-def test_run_goes_on_from_the_adapter_of_a_revision(run, hub, monkeypatch):
-    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
-    first = run(lora_merge=False, push_to_hub=True, hub_model_id="owner/clip")
-    second = run(folder="second", start="owner/clip", revision="phase-1", lora_merge=False)
-    assert same(weights(second, 0), first._load_phase(1).state_dict())
+def test_run_goes_on_from_the_adapter_of_a_revision(published, run):
+    stream = PhaseStream(published.stream.phases[:1], base=published.stream.base)
+    second = run(stream=stream, start="owner/clip", revision="phase-1", lora_merge=False)
+    assert same(weights(second, 0), published._load_phase(1).state_dict())
     source = json.loads((second.folder / "run.json").read_text())["model"]
     assert (source["repo_id"], source["revision"]) == ("owner/clip", "phase-1") and len(source["commit"]) == 40
     # The start of the second run is no model on the Hub: its own phase 0 is the only plain one.

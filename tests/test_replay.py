@@ -449,19 +449,36 @@ def largest_difference(first, second):
 
 
 # The last batch of 18 rows holds 2 pairs: fewer than there are processes.
+TRAININGS = [*((recipe, 18) for recipe in RECIPES), ("modx+der", 48)]
+
+
+def train_all(folder, memory, batch_size, changes):
+    for recipe, rows in TRAININGS:
+        place = folder / f"{recipe}-{rows}"
+        place.mkdir(parents=True, exist_ok=True)
+        train_and_save(place, memory, batch_size, recipe, rows, changes)
+
+
+@pytest.fixture(scope="module")
+def one_big_batch(tmp_path_factory, processor):
+    """Folders of the memory and of what one process learns with it."""
+    folder = tmp_path_factory.mktemp("one")
+    memory_table(folder / "memory", processor, tiny_clip(processor, seed=3))
+    memory = str(folder / "memory" / "phase-0")
+    launch(1, train_all, folder, memory, 8, {})
+    return memory, folder
+
+
+HELD = {"gradient_accumulation_steps": 2, "gradient_cache_chunk_size": 1}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "rows"), [*((recipe, 18) for recipe in RECIPES), ("modx+der", 48)])
-def test_processes_and_chunks_train_the_weights_of_one(tmp_path, recipe, rows):
-    processor = tiny_processor()
-    memory_table(tmp_path / "memory", processor, tiny_clip(processor, seed=3))
-    memory = str(tmp_path / "memory" / "phase-0")
-    (tmp_path / "one").mkdir()
-    launch(1, train_and_save, tmp_path / "one", memory, 8, recipe, rows, {})
-    held = {"gradient_accumulation_steps": 2, "gradient_cache_chunk_size": 1}
-    for processes, batch_size, changes in [(2, 4, {}), (2, 2, held), (4, 2, {})]:
-        folder = tmp_path / f"{processes}-{batch_size}"
-        folder.mkdir()
-        launch(processes, train_and_save, folder, memory, batch_size, recipe, rows, changes)
-        ranks = [folder / f"rank-{rank}.safetensors" for rank in range(processes)]
-        assert all(largest_difference(ranks[0], other) == 0 for other in ranks[1:])
-        assert largest_difference(tmp_path / "one" / "rank-0.safetensors", ranks[0]) < 1e-9
+@pytest.mark.parametrize(("processes", "batch_size", "changes"), [(2, 4, {}), (2, 2, HELD), (4, 2, {})])
+def test_processes_and_chunks_train_the_weights_of_one(tmp_path, one_big_batch, processes, batch_size, changes):
+    memory, one = one_big_batch
+    launch(processes, train_all, tmp_path, memory, batch_size, changes)
+    for recipe, rows in TRAININGS:
+        training = f"{recipe}-{rows}"
+        ranks = [tmp_path / training / f"rank-{rank}.safetensors" for rank in range(processes)]
+        assert all(largest_difference(ranks[0], other) == 0 for other in ranks[1:]), training
+        assert largest_difference(one / training / "rank-0.safetensors", ranks[0]) < 1e-9, training

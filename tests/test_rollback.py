@@ -384,7 +384,7 @@ def publish(folder):
     for number in range(len(record["identity"]["phases"]) + 1):
         contents = {"run": {**record, "phase": number}, "results": {"rows": number + 1}}
         made.append(revision_of_phase(folder, number, number - 1 if number else None, f"Phase {number}", **contents))
-    return publisher.publish(made)
+    return publisher.publish(len(made), made.__getitem__)
 
 
 def test_killed_at_any_change_of_a_file_the_same_command_finishes_it(tmp_path, kill_before):

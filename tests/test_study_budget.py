@@ -33,6 +33,12 @@ def test_losses_are_of_the_tests_taught_before_the_phase():
     assert budget.losses(cell("finetune", 0, KEEPS, []).results) == pytest.approx([0.2, 0.0])
 
 
+def test_losses_leave_the_union_of_all_tests_out():
+    results = cell("finetune", 0, [[*row, 0.1] for row in FORGETS], []).results
+    results = {**results, "tests": [*results["tests"], "union"], "learned_at": [*results["learned_at"], "all"]}
+    assert budget.losses(results) == pytest.approx([0.5, 1 - 0.5 / 0.65])
+
+
 def test_table_of_the_budget_counts_phases_steps_and_evaluations():
     held = [(60, {"evaluations": 17, "weight": 0.5}), (30, {"evaluations": 5, "restored_step": 24})]
     table = budget.budget_table([cell("finetune", 0, FORGETS, [(60, None)] * 2), cell("held", 0, KEEPS, held)])

@@ -57,7 +57,7 @@ def losses(results: Mapping[str, Any]) -> list[float]:
     matrix, taught = results["matrix"][tables.METRIC], results["learned_at"]
     found = []
     for phase in range(1, len(matrix)):
-        old = [test for test, learned_at in enumerate(taught) if learned_at is not None and learned_at < phase]
+        old = [test for test, learned_at in enumerate(taught) if isinstance(learned_at, int) and learned_at < phase]
         before, after = (statistics.mean(matrix[row][test] for test in old) for row in (phase - 1, phase))
         found.append(1 - after / before if before > 0 else 0.0)
     return found

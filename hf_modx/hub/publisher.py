@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -84,7 +84,7 @@ class Revision:
 
     @property
     def branch(self) -> str:
-        return f"phase-{self.number}"
+        return _branch(self.number)
 
     @property
     def tag(self) -> str:
@@ -278,12 +278,13 @@ class HubPublisher:
 
     # ---- Publishing ----
 
-    def publish(self, revisions: Sequence[Revision]) -> tuple[str, ...]:
+    def publish(self, finished: int, revision: Callable[[int], Revision]) -> tuple[str, ...]:
         """Publish the phases that are not, each with its branch and tag, and bring main to the last of them. What
         fails is left for the next time, and the log says so.
 
         Args:
-            revisions: all finished phases in order.
+            finished: number of finished phases, phase 0 included.
+            revision: number of a phase -> what is to be published of it; asked only for those that are published now.
 
         Returns:
             What is missing: names of phases, "main".
@@ -295,12 +296,13 @@ class HubPublisher:
         try:
             if self._main is None:
                 self.claim(**self._claim)
-            for revision in revisions:
-                if revision.number not in self.published:
-                    self._publish_phase(revision)
-            self._publish_main(revisions[-1])
+            for number in range(finished):
+                if number not in self.published:
+                    self._publish_phase(revision(number))
+            if self._main_phase != finished - 1:  # a card of it that somebody has edited there stays
+                self._publish_main(revision(finished - 1))
         except HubError as error:
-            phases = [revision.branch for revision in revisions if revision.number not in self.published]
+            phases = [_branch(number) for number in range(finished) if number not in self.published]
             self.missing, self.reason = (*phases, "main"), str(error)
             listed = ", ".join(self.missing)
             logger.warning("Not published to %s: %s. It is tried again. %s", self.repo_id, listed, error)
@@ -342,10 +344,9 @@ class HubPublisher:
             raise RepositoryConflict(self._overtaken())
 
     def _publish_main(self, revision: Revision) -> None:
-        if self._main_phase != revision.number:  # a card of it that somebody has edited there stays
-            self._bring("main", revision.files, revision.title)
-            self._main_phase = revision.number
-            self._remember(main=revision.number)
+        self._bring("main", revision.files, revision.title)
+        self._main_phase = revision.number
+        self._remember(main=revision.number)
 
     def go_back(self, revision: Revision) -> None:
         """Make a phase the newest one again: main gets it in a commit of its own, and the tags and branches of later
@@ -382,8 +383,8 @@ class HubPublisher:
         heads, tags = self._look()
         if _tag(number) in tags:
             self.api.delete_tag(self.repo_id, tag=_tag(number))
-        if f"phase-{number}" in heads:
-            self.api.delete_branch(self.repo_id, branch=f"phase-{number}")
+        if _branch(number) in heads:
+            self.api.delete_branch(self.repo_id, branch=_branch(number))
 
     def push_checkpoint(self, revision: Revision) -> None:
         """Bring a checkpoint inside a phase to the branch of that phase. What fails is logged and not repeated: the
@@ -441,7 +442,7 @@ class HubPublisher:
         tensors and plain values and runs no code.
         """
         heads, _ = self._insist(self._references)
-        commit = heads.get(f"phase-{number}")
+        commit = heads.get(_branch(number))
         if commit is None or f"{CHECKPOINT}/trainer_state.json" not in self._tree(commit):
             return False
         self._insist(lambda: self._fetch(commit, folder, f"{CHECKPOINT}/"))
@@ -553,6 +554,10 @@ class HubPublisher:
         self._known = {**self._known, "repo_id": self.repo_id, "phases": phases, **changed}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / PUBLISHED, self._known)
+
+
+def _branch(number: int) -> str:
+    return f"phase-{number}"
 
 
 def _tag(number: int) -> str:

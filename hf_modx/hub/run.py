@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -172,13 +172,16 @@ class RunOnHub:
 
     # ---- Publishing ----
 
-    def publish(self, revisions: Callable[[], Sequence[Revision]]) -> None:
+    def publish(self, finished: int, revision: Callable[[int], Revision]) -> None:
         """Publish the finished phases that are not yet. What fails is tried again the next time.
+
+        Args:
+            finished, revision: see `HubPublisher.publish`.
 
         Raises:
             RepositoryConflict: another folder has become the writer.
         """
-        on_main_process(lambda: self.publisher.publish(revisions()))
+        on_main_process(lambda: self.publisher.publish(finished, revision))
 
     def revision(self, number: int, parent: int | None, title: str, **contents: Any) -> Revision:
         """All files of a phase's folder, and `contents` as JSON: run for run.json, results for results.json."""
@@ -190,22 +193,22 @@ class RunOnHub:
             return []
         return [PushCheckpoints(self.publisher, number, parent, record)]
 
-    def settle(self, revisions: Callable[[], Sequence[Revision]], datasets: Iterable[str]) -> None:
+    def settle(self, finished: int, revision: Callable[[int], Revision], datasets: Iterable[str]) -> None:
         """At the end: try once more what is missing, make the collection, and say what is not on the Hub.
 
         Args:
-            revisions: all finished phases.
+            finished, revision: see `HubPublisher.publish`.
             datasets: ids of the data sets for the collection.
 
         Raises:
             UnpublishedPhases: something is still missing.
         """
-        on_main_process(lambda: self._settle(revisions, datasets))
+        on_main_process(lambda: self._settle(finished, revision, datasets))
 
-    def _settle(self, revisions: Callable[[], Sequence[Revision]], datasets: Iterable[str]) -> None:
+    def _settle(self, finished: int, revision: Callable[[int], Revision], datasets: Iterable[str]) -> None:
         publisher = self.publisher
         if publisher.missing:
-            publisher.publish(revisions())
+            publisher.publish(finished, revision)
         if self.args.hub_collection is not None and not publisher.missing:
             publisher.collect(self.args.hub_collection, datasets)
         if publisher.missing:
