@@ -39,9 +39,8 @@ from .hub.faults import warn_of_failed_pushes
 from .model_card import trainer_card
 from .recipes import Part, build_recipe
 from .replay import Replay, StoredEmbeddings, replayed_rows
-from .teacher import Teacher, teacher_of
+from .teacher import Teacher, embed_in_chunks, teacher_of
 from .teacher.cache import CachedTeacher, cache_for_phase, cache_obstacle
-from .teacher.frozen import embed_in_chunks
 from .trained_weights import trained_weights
 from .training.batch_gradients import batch_gradients
 from .training.callback_modules import TrainedAlong

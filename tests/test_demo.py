@@ -6,7 +6,7 @@ from transformers import CLIPModel
 
 from hf_modx import ContinualRun, Phase, PhaseStream
 from hf_modx.demo import demo_stream, trained_base
-from hf_modx.demo.data import RENDERINGS
+from hf_modx.demo.drawings import RENDERINGS
 
 from tiny import tiny_pairs
 

@@ -11,24 +11,18 @@ import pytest
 import torch
 from transformers import CLIPProcessor
 
-from hf_modx.demo.base import base as demo
-from hf_modx.demo.base import data as demo_data
-from hf_modx.demo.data import (
-    ATTRIBUTION,
-    IMAGE_SIZE,
-    STYLES,
-    build_demo_dataset,
-    demo_dataset,
-    demo_processor,
-    fold_concepts,
-    small_clip,
-)
+from hf_modx.demo import base as demo
+from hf_modx.demo import concepts, drawings
+from hf_modx.demo import data as demo_data
+from hf_modx.demo.data import ATTRIBUTION, build_demo_dataset, demo_dataset, fold_concepts
+from hf_modx.demo.drawings import IMAGE_SIZE, STYLES
+from hf_modx.demo.small_clip import demo_processor, small_clip
 
 
 @pytest.fixture(scope="session")
 def few_concepts():
     """Drawing all concepts takes a quarter of a minute: every eighth is a fair sample, with all groups in it."""
-    return demo_data._candidate_concepts()[::8]
+    return concepts.candidate_concepts()[::8]
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +33,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data(few_concepts, cache):
     with pytest.MonkeyPatch.context() as patch:  # undone at once: other test files may want all concepts
-        patch.setattr(demo_data, "_candidate_concepts", lambda: few_concepts)
+        patch.setattr(demo_data, "candidate_concepts", lambda: few_concepts)
         return demo_dataset(cache)
 
 
@@ -61,7 +55,7 @@ def pixels(dataset):
 
 
 def test_candidates_are_well_over_a_thousand_concepts():
-    names = [concept.name for concept in demo_data._candidate_concepts()]
+    names = [concept.name for concept in concepts.candidate_concepts()]
     assert len(set(names)) == len(names)
     assert 1200 <= len(names) <= 1400
 
@@ -118,12 +112,12 @@ def test_styles_have_different_caption_sets(data):
     ],
 )
 def test_test_caption_has_a_fixed_form(name, expected):
-    assert demo_data._test_caption(name) == expected
+    assert concepts.test_caption(name) == expected
 
 
 def test_keyword_junk_is_filtered():
     raw = ["cat_face", "blue_square", "add_ci", ":d", ":)", "12:30", "cat", "pet", "pet", "vicu\xf1a"]
-    assert demo_data._clean_keywords(raw, "cat face") == ("blue square", "pet")
+    assert concepts._clean_keywords(raw, "cat face") == ("blue square", "pet")
 
 
 # Pictures
@@ -172,18 +166,18 @@ def test_popart_changes_colours_and_keeps_lines(data):
 
 
 def test_a_concept_that_one_style_leaves_blank_is_dropped_from_all(few_concepts, monkeypatch):
-    painters = demo_data._painters()
+    painters = drawings._painters()
     blank = few_concepts[1].character
-    white = demo_data.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
+    white = drawings.Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), "white")
     partly = {**painters, "noto": lambda character: white if character == blank else painters["noto"](character)}
-    monkeypatch.setattr(demo_data, "_painters", lambda: partly)
-    kept, pictures = demo_data._draw_all(few_concepts[:3])
+    monkeypatch.setattr(drawings, "_painters", lambda: partly)
+    kept, pictures = drawings.draw_all(few_concepts[:3])
     assert [concept.name for concept in kept] == [few_concepts[0].name, few_concepts[2].name]
     assert {len(encoded) for encoded in pictures.values()} == {2}
 
 
 def test_a_glyph_that_the_font_lacks_is_none():
-    assert demo_data._painters()["noto"]("\U0001fffe") is None
+    assert drawings._painters()["noto"]("\U0001fffe") is None
 
 
 # Cache

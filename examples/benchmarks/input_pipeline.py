@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.data.image_cache import cache_resized_images
-from hf_modx.demo.data import demo_processor
+from hf_modx.demo.small_clip import demo_processor
 
 FILES, CACHE = "JPEG files", "image cache"
 

@@ -23,7 +23,9 @@ from ..files import publish_folder
 from ..phases import Phase, PhaseStream, content_fingerprint
 from ..trainer import ModXTrainer
 from ..training_args import ModXTrainingArguments
-from .data import ARTISTS, RENDERINGS, demo_dataset, demo_processor, fold_concepts, small_clip
+from .data import demo_dataset, fold_concepts
+from .drawings import ARTISTS, RENDERINGS
+from .small_clip import demo_processor, small_clip
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,8 @@ from datasets import DatasetDict, concatenate_datasets
 
 from ..phases import Phase, PhaseStream
 from .base import VALIDATION_PHASES, demo_stream, hold_out
-from .data import RENDERINGS, STYLES, demo_dataset, fold_concepts
+from .data import demo_dataset, fold_concepts
+from .drawings import RENDERINGS, STYLES
 
 GROUPS = {
     "objects_symbols": ("Objects", "Symbols"),
