@@ -205,7 +205,8 @@ class PhaseStream:
         names = [name.removesuffix(TRAIN) for name in splits if name.endswith(TRAIN)]
         if not names:
             raise ValueError(
-                f"No split is named ..._train. The splits are: {', '.join(splits)}. Name the phases with phase_splits."
+                f"No split is named ..._train. The splits are: {', '.join(splits)}. Name the phases with "
+                "phase_splits, or cut one of these into phases with phase_column or num_phases."
             )
         phases = []
         for name in names:

@@ -357,7 +357,10 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"bf16": True, "gradient_cache_chunk_size": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow), {"bf16": True, "gradient_cache_chunk_size": 3}],
+)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_phase_interrupted_before_its_end_is_finished_from_the_last_checkpoint(
     model, make_args, processor, pairs, recipe, changes

@@ -117,7 +117,7 @@ def test_forgotten_pairs_leave_the_memory_and_later_phases(run, tmp_path, capsys
     stored = make_stream(2).phases[1].train.cast_column("image", Image(decode=False))[3]  # pair 27
     image.write_bytes(stored["image"]["bytes"])
     assert main(["forget", str(first.folder), "--pair_id", "2", "30", "--image", str(image)]) == 0
-    assert "1 rows taken out of the replay memory" in capsys.readouterr().out
+    assert "taken out of the replay memory: 1." in capsys.readouterr().out
     assert 2 not in remembered(first, 0)
     seen = []
 
@@ -245,6 +245,7 @@ def test_fewer_rows_are_no_change_only_where_a_deletion_was_asked():
     before = {"hyperparameters": {}, "phases": [{"name": "a", "rows": 9, "data": "x"}], "base": "b"}
     now = {**before, "phases": [{"name": "a", "rows": 8, "data": "y"}], "base": "c"}
     assert len(changes(before, now)) == 2
+    assert "start a new run from a finished phase: --model_name_or_path RUN/phase-K" in changes(before, now)[0]
     assert changes(before, {**now, "deletions": 1}) == []
     more = {**now, "deletions": 1, "phases": [{"name": "a", "rows": 10, "data": "y"}]}
     assert len(changes(before, more)) == 1
@@ -294,7 +295,7 @@ def test_hub_that_does_not_answer_learns_of_it_when_the_run_goes_on(hub, publish
     hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/main|/branch/")
     assert main(["forget", str(published), "--pair_id", "3"]) == 1
     said = capsys.readouterr()
-    assert "1 ids and 0 images asked for" in said.out and "does not know of it yet" in said.err
+    assert "Asked for: 1 by id, 0 by image" in said.out and "does not know of it yet" in said.err
     assert asked_on_hub(hub) == 0 and len(Deletions(published, COLUMNS)) == 1
     hub.faults = Faults()
     publish(published)

@@ -276,8 +276,8 @@ def test_repository_is_private_unless_asked_otherwise(hub, api, make_run, privat
 
 
 def test_repository_is_named_after_the_folder_unless_it_has_a_name(hub, make_run):
-    make_run(1, folder="catalogue", hub_model_id=None).run()
-    assert set(branches(hub, "owner/catalogue")) == {"main", "phase-0", "phase-1"}
+    make_run(1, folder="catalogue", hub_model_id=None).hub.publisher.claim(RECORD, is_new=True)
+    assert commits(hub, "main", "owner/catalogue")[-1] == CLAIM
 
 
 def test_published_run_started_again_uploads_nothing(hub, finished):
@@ -474,6 +474,7 @@ def test_what_is_missing_is_named_kept_and_published_by_the_next_start(hub, make
     assert len(json.loads(content(hub, "phase-1")["results.json"])["training"]) == 1
 
 
+@pytest.mark.slow
 def test_example_ends_with_a_status_of_its_own_when_phases_are_missing(hub, example, capsys):
     hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/phase-2")
     with pytest.raises(SystemExit) as error:
@@ -486,7 +487,9 @@ def test_example_ends_with_a_status_of_its_own_when_phases_are_missing(hub, exam
     assert set(tags(hub)) == ALL_TAGS
 
 
-@pytest.mark.parametrize("where", ["/commit/", "/branch/", "/tag/", "/create"])
+@pytest.mark.parametrize(
+    "where", ["/commit/", "/create", *(pytest.param(where, marks=pytest.mark.slow) for where in ("/branch/", "/tag/"))]
+)
 def test_what_is_done_and_not_answered_is_not_done_again(hub, publisher, revisions, where):
     hub.faults.fail_next(1 if where == "/create" else 3, "drop_after", where)
     publish(publisher(), revisions)
@@ -758,6 +761,7 @@ def test_fetching_that_is_interrupted_goes_on(hub, finished, make_run):
         assert on_disk(elsewhere.phase_folder(number)) == on_disk(finished.phase_folder(number))
 
 
+@pytest.mark.slow
 def test_small_clip_of_a_run_is_fetched_and_not_trained_again(hub, make_args, tmp_path, monkeypatch):
     def make(folder):
         args = make_args(output_dir=str(tmp_path / folder), push_to_hub=True, hub_model_id=REPO, max_steps=1)

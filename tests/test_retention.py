@@ -308,7 +308,8 @@ class Die(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("policy", ["restore", slow("interpolate")])
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["restore", "interpolate"])
 def test_killed_phase_goes_on_to_the_same_weights_and_record(run, policy, tmp_path):
     changes = STEERED | {"on_forgetting": policy}
     whole = run(phases=2, **changes)

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/recipe_cost.py
     python examples/benchmarks/recipe_cost.py --recipes modx,zscl --steps 3 --rounds 1 --batch 8 --reference_texts 100
+    python examples/benchmarks/recipe_cost.py --recipes 'modx,{"modx": {"reference_batch_size": 32}}' --batch 128
 
 A CLIP of 4 + 4 layers of width 256 on 64 x 64 pixels, phase 1 of a stream with a base, through `ContinualRun`: replay
 has its memory, ZSCL its references, 64 images and all captions of the base a step, C-CLIP its adapter. A round trains
@@ -15,6 +16,7 @@ every step as the original does.
 
 import argparse
 import io
+import json
 import statistics
 import tempfile
 import time
@@ -57,6 +59,7 @@ class EncodedEveryStep(ReferenceDistillation):
 def seconds(recipe, options: argparse.Namespace, stream: PhaseStream, steps: int) -> tuple[float, float]:
     """Of a step, and of the phase beside its steps."""
     times = StepTimes()
+    recipe = [json.loads(recipe)] if isinstance(recipe, str) and recipe.startswith("{") else recipe
     # What the Trainer prints is not the benchmark's.
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         args = ModXTrainingArguments(

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
     listed = ids_in(options.pair_id_file) if options.pair_id_file is not None else []
     request = forget(options.run, [*options.pair_id, *listed], options.image)
-    print(f"{len(request.pair_ids)} ids and {len(request.images)} images asked for.")
-    print(f"{request.from_memory} rows taken out of the replay memory.")
+    print(f"Asked for: {len(request.pair_ids)} by id, {len(request.images)} by image.")
+    print(f"Rows taken out of the replay memory: {request.from_memory}.")
     if request.after_phase:
         known = "phase 1" if request.after_phase == 1 else f"phases 1 to {request.after_phase}"
         print(f"The models of {known} were trained before and may still know them. To train them again without:")

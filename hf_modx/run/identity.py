@@ -110,7 +110,10 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
             f"knows of {known}"
         )
     if not known and "base" in before and before["base"] != now["base"]:
-        found.append("the base, which are the pairs of replay_dataset where that is given, had other data")
+        found.append(
+            "the base, which are the pairs of replay_dataset where that is given, had other data (to begin with other "
+            "pairs to replay, start a new run from a finished phase: --model_name_or_path RUN/phase-K)"
+        )
     for name in ("base_max_steps", "start"):
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
