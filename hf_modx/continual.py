@@ -41,8 +41,9 @@ from .pretrained import load_model
 from .recipes import Part, build_recipe, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .rollback import history_in_words, reopen
-from .run.cross_phase import CrossPhaseOfRun
-from .run.disorder import DisorderOfRun, training_sample
+from .run.cross_phase import RunCrossPhase
+from .run.disorder import RunDisorder, training_sample
+from .run.evaluation_tests import RunTests
 from .run.folder import (
     MEMORY,
     RECORD,
@@ -58,10 +59,9 @@ from .run.folder import (
 )
 from .run.identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
 from .run.provenance import adapter_base, data_source, model_source
-from .run.results import TableOfRun
+from .run.results import RunResults
 from .run.retention import RetentionTests, retention_budget, stopped_early
 from .run.stream_checks import StreamChecks
-from .run.test_sets import TestsOfRun
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
 from .teacher.cache import CachedTeacher
@@ -143,15 +143,15 @@ class ContinualRun:
         self.model = self.processing_class = self.source = None
         if model is not None:
             self._load_start(model, processing_class, revision)
-        self.tests = TestsOfRun(stream, tests or {}, self.args.pair_columns)
-        self.disorder, self.cross_phase = DisorderOfRun(self._encode), CrossPhaseOfRun(self._encode)
+        self.tests = RunTests(stream, tests or {}, self.args.pair_columns)
+        self.disorder, self.cross_phase = RunDisorder(self._encode), RunCrossPhase(self._encode)
         checks = StreamChecks(args)
         stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
         self.bad_samples = checks.bad_samples
         self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
         self.stream = self.deletions.kept(stream)
         self.tests.follow(self.stream)
-        self.table = TableOfRun([phase.name for phase in self.stream], self.tests)
+        self.table = RunResults([phase.name for phase in self.stream], self.tests)
         learned_at = self.tests.learned_at()
         metrics = {name: known for name, (_, known) in self.tests.measurements().items()}
         self.retention = RetentionTests(
@@ -187,7 +187,7 @@ class ContinualRun:
 
     def _run(self) -> EvaluationMatrix:
         self._start()
-        self.table = TableOfRun(self.table.phases, self.tests, read_json(self.folder / RESULTS))
+        self.table = RunResults(self.table.phases, self.tests, read_json(self.folder / RESULTS))
         self._push()
         for number in range(len(self.stream) + 1):
             self.stop.raise_if_asked()

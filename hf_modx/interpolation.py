@@ -9,7 +9,7 @@ from .teacher import ADAPTER
 from .trained_weights import adapted_layers, out_factor, parameters_beside_adapters
 
 
-def require_line(model: nn.Module) -> None:
+def require_interpolation(model: nn.Module) -> None:
     """Raise a ValueError unless it can be gone back on to the model as it is now, before a phase: an adapter must be
     a fresh LoRA adapter of linear layers."""
     if any(out_factor(layer).any() for layer in adapted_layers(model).values()):
@@ -30,14 +30,14 @@ def snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-class PhaseLine:
+class WeightInterpolation:
     """The models between the start of a phase and its end, one of which the model is made.
 
     With a LoRA adapter it is the line of what the adapter does: `W + w s B A`, for which B is multiplied by w. Where
     the base has taken up a part (`LossCallback.needs_merge`), it goes back to W along with it.
 
     Args:
-        model: at the end of the phase; see `require_line`.
+        model: at the end of the phase; see `require_interpolation`.
         start: the `trained_weights` at its start, by name.
     """
 

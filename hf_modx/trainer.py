@@ -43,7 +43,7 @@ from .teacher import Teacher, embed_in_chunks, teacher_of
 from .teacher.cache import CachedTeacher, cache_for_phase, cache_obstacle
 from .trained_weights import trained_weights
 from .training.batch_gradients import batch_gradients
-from .training.callback_modules import TrainedAlong
+from .training.callback_modules import CallbackModules
 from .training.checkpoint import (
     LOSS_CALLBACKS_NAME,
     read_beside_adapter,
@@ -161,7 +161,7 @@ class ModXTrainer(Trainer):
         self._reading: PatientBatches | None = None
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # terms of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
-        self._along = TrainedAlong(lambda: self.loss_callbacks)
+        self._along = CallbackModules(lambda: self.loss_callbacks)
         self.add_callback(self._along)
         self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
         """Called in `evaluate` with the prefix of the metrics and the embeddings of each test set."""

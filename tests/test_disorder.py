@@ -13,7 +13,7 @@ from hf_modx import ContinualRun, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.evaluation import EncodedPairs, encode_pairs, imav, spatial_disorder
 from hf_modx.evaluation.disorder import angles, bin_names
-from hf_modx.run.disorder import DisorderOfRun
+from hf_modx.run.disorder import RunDisorder
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -274,14 +274,14 @@ def test_without_it_neither_results_nor_card_have_a_place_for_it(make_args):
 
 
 def test_models_that_diverge_have_no_disorder_and_the_run_goes_on(caplog):
-    record = DisorderOfRun(lambda number, what: pairs(unit(3) * (math.nan if number else 1), unit(3)))
+    record = RunDisorder(lambda number, what: pairs(unit(3) * (math.nan if number else 1), unit(3)))
     assert record.measure(1, ["broken"], [])["since_start"]["tests"] == {"broken": None}
     assert "not finite" in caplog.text
 
 
 def test_large_tests_are_thinned_evenly(monkeypatch):
     monkeypatch.setattr("hf_modx.run.disorder.MAX_SAMPLES", 4)
-    record = DisorderOfRun(lambda number, what: pairs(unit(10, seed=number), unit(10)))
+    record = RunDisorder(lambda number, what: pairs(unit(10, seed=number), unit(10)))
     found = record.measure(1, ["large"], [])["since_start"]["tests"]["large"]
     rows = [0, 3, 6, 9]
     assert found["samples"] == 4

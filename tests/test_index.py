@@ -26,7 +26,7 @@ from hf_modx.losses import anchor_loss
 from hf_modx.report import read_run
 from hf_modx.report.tables import compare
 from hf_modx.report.writing import default_metrics
-from hf_modx.run.cross_phase import CrossPhaseOfRun
+from hf_modx.run.cross_phase import RunCrossPhase
 
 from test_continual import TESTS, make_stream
 from tiny import tiny_clip, tiny_pairs
@@ -355,7 +355,7 @@ def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
         raise FileNotFoundError("phase-0 is not there any more.")
 
     row = {"may": {}}
-    CrossPhaseOfRun(gone).complete(1, row, {"may": None})
+    RunCrossPhase(gone).complete(1, row, {"may": None})
     assert row == {"may": {}} and "The index of 'may' cannot be asked. phase-0 is not there" in caplog.text
 
 

@@ -14,7 +14,7 @@ from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, ModXTrainingAr
 from hf_modx.adapter import add_adapter
 from hf_modx.callbacks import RetentionBudget
 from hf_modx.evaluation import RetrievalTest, ZeroShotTest
-from hf_modx.interpolation import PhaseLine, require_line, snapshot
+from hf_modx.interpolation import WeightInterpolation, require_interpolation, snapshot
 from hf_modx.model_card.keeping import kept_rows_notes, retention_notes
 from hf_modx.run.retention import load_retention_tests
 from hf_modx.trained_weights import adapters_merged, trained_weights
@@ -235,7 +235,7 @@ def test_budget_is_kept_with_an_adapter(run, recipe, policy):
 def adapted(processor, folder):
     """A model with an adapter that has learned, and its trained weights before that."""
     model = add_adapter(tiny_clip(processor), _args(folder, peft="lora", lora_rank=2, train_logit_scale=True))
-    require_line(model)
+    require_interpolation(model)
     start = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -247,7 +247,7 @@ def adapted(processor, folder):
 def test_line_is_that_of_what_an_adapter_does(processor, tmp_path):
     model, start = adapted(processor, tmp_path)
     end = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
-    line = PhaseLine(model, start)
+    line = WeightInterpolation(model, start)
     for weight in (0.3, 0.0, 1.0):
         line.go_to(weight)
         for name, found in trained_weights(model).items():
@@ -272,20 +272,20 @@ def test_going_back_takes_the_base_along(processor, tmp_path):
     base = next(layer.base_layer.weight for layer in model.modules() if hasattr(layer, "base_layer"))
     with torch.no_grad():
         base.add_(1)  # as an owner of the weights may do
-    PhaseLine(model, start).go_back(kept)
+    WeightInterpolation(model, start).go_back(kept)
     assert all(torch.equal(effect[name], weight) for name, weight in trained_weights(model).items())
 
 
 def test_adapters_that_cannot_be_taken_back_are_refused(processor, tmp_path):
     model, _ = adapted(processor, tmp_path)
     with pytest.raises(ValueError, match="has learned before"):
-        require_line(model)
+        require_interpolation(model)
     config = peft.LoraConfig(r=2, use_dora=True, target_modules=["q_proj"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own
         dora = peft.get_peft_model(tiny_clip(processor), config)
     with pytest.raises(ValueError, match="DoRA"):
-        require_line(dora)
+        require_interpolation(dora)
 
 
 STEERED = {

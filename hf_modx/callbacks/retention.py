@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from ..distributed import on_main_process
-from ..interpolation import PhaseLine, require_line, snapshot
+from ..interpolation import WeightInterpolation, require_interpolation, snapshot
 from ..trained_weights import adapters_merged
 from .base import LossCallback, PhaseBoundary
 
@@ -63,8 +63,8 @@ class RetentionBudget(LossCallback):
 
     Raises:
         ValueError: a value out of its range, or a loss or a rank as the metric; when the phase starts, a metric that a
-            test does not have or that is NaN, an adapter that cannot be taken back (see `require_line`), or a training
-            that keeps other weights than its last.
+            test does not have or that is NaN, an adapter that cannot be taken back (see `require_interpolation`), or a
+            training that keeps other weights than its last.
     """
 
     needs_phase_start = True
@@ -122,7 +122,7 @@ class RetentionBudget(LossCallback):
                 "enable_jit_checkpoint takes a phase that the budget stops for one that a signal has: choose another "
                 "on_forgetting, or run the phase in a ContinualRun, which has a way of its own."
             )
-        require_line(phase.model)
+        require_interpolation(phase.model)
         self._forget()
         self._phase, self._record = phase, {}
         self._start = self._good_scores = self._scores()
@@ -180,7 +180,7 @@ class RetentionBudget(LossCallback):
         trained = forgetting = self._forgetting(scores)
         how: dict[str, Any] = {"action": "stopped" if self._stopped_at else "none"}
         if not self._is_within(forgetting):
-            line = PhaseLine(phase.model, phase.phase_start)
+            line = WeightInterpolation(phase.model, phase.phase_start)
             if self.on_forgetting == "interpolate":
                 weight, scores = self._edge(line)
                 how = {"action": "interpolated", "weight": weight}
@@ -202,7 +202,7 @@ class RetentionBudget(LossCallback):
             "evaluations": self._evaluations,
         }
 
-    def _go_back(self, line: PhaseLine) -> Tensor:
+    def _go_back(self, line: WeightInterpolation) -> Tensor:
         """To the newest look within the budget; gives its scores."""
         if self._good:
             line.go_back(self._good)
@@ -210,7 +210,7 @@ class RetentionBudget(LossCallback):
             line.go_to(0.0)
         return self._good_scores
 
-    def _edge(self, line: PhaseLine) -> tuple[float, Tensor]:
+    def _edge(self, line: WeightInterpolation) -> tuple[float, Tensor]:
         """Go from the start of the phase as far towards its end as the budget lets; the weight of the end, and the
         scores."""
         within, beyond, scores = 0.0, 1.0, self._start

@@ -10,7 +10,7 @@ from ..evaluation.encoding import EncodedPairs
 logger = logging.getLogger(__name__)
 
 
-class CrossPhaseOfRun:
+class RunCrossPhase:
     """Fills the `CROSS_PHASE_METRICS` of the rows of a run's matrix.
 
     A test is indexed by the model after the phase that teaches it; what no phase teaches, by the start model. From

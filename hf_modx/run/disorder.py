@@ -22,7 +22,7 @@ def evenly(rows: int, most: int) -> np.ndarray:
     return np.arange(rows) if rows <= most else np.linspace(0, rows - 1, most, dtype=int)
 
 
-class DisorderOfRun:
+class RunDisorder:
     """Measures how far the tests' embeddings, and those of training pairs, have moved.
 
     The embeddings of the start and of the phase before stay in memory, of at most 5,000 samples each; what is not

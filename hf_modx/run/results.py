@@ -7,10 +7,10 @@ from ..evaluation import EvaluationMatrix
 from ..evaluation.cross_phase import CROSS_PHASE_METRICS
 from .disorder import disorder_results
 from .evaluation_notes import EvaluationNotes
-from .test_sets import RANKS, TestsOfRun
+from .evaluation_tests import RANKS, RunTests
 
 
-class TableOfRun:
+class RunResults:
     """A row for each evaluated phase, 0 being the start, and what belongs to it.
 
     Args:
@@ -24,7 +24,7 @@ class TableOfRun:
         disorder: how far embeddings have moved, by phase.
     """
 
-    def __init__(self, phases: Sequence[str], tests: TestsOfRun, results: Mapping[str, Any] | None = None):
+    def __init__(self, phases: Sequence[str], tests: RunTests, results: Mapping[str, Any] | None = None):
         self.phases, self.tests = list(phases), tests
         self.rows: list[dict[str, dict[str, float]]] = []
         self.notes = EvaluationNotes(results)

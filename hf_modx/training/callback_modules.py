@@ -11,7 +11,7 @@ from ..callbacks.base import module_prefix
 from ..distributed import average_gradients, copy_from_main_process
 
 
-class TrainedAlong(TrainerCallback):
+class CallbackModules(TrainerCallback):
     """Does for the modules of the loss callbacks (`LossCallback.modules`) what the Trainer and data-parallel training
     do for the model.
 

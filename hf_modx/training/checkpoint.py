@@ -12,7 +12,7 @@ from ..adapter import has_adapter
 from ..callbacks import LossCallback
 from ..callbacks.base import pack_states, unpack_states
 from ..teacher import ADAPTER
-from .callback_modules import TrainedAlong
+from .callback_modules import CallbackModules
 
 LOSS_CALLBACKS_NAME = "loss_callbacks.safetensors"
 TRAINED_BESIDE_NAME = "trained_beside.safetensors"
@@ -29,7 +29,7 @@ def read_loss_callbacks(callbacks: Sequence[LossCallback], path: str | os.PathLi
     unpack_states(callbacks, load_file(path) if os.path.exists(path) else {})
 
 
-def write_trained_beside(model: nn.Module, along: TrainedAlong, checkpoint: Path) -> None:
+def write_trained_beside(model: nn.Module, along: CallbackModules, checkpoint: Path) -> None:
     """Write the modules of the loss callbacks, and of a model with an adapter what is trained beside it."""
     beside = {**_beside_adapter(model), **along.state_dict()}
     if beside:
@@ -37,7 +37,7 @@ def write_trained_beside(model: nn.Module, along: TrainedAlong, checkpoint: Path
         save_file(tensors, checkpoint / TRAINED_BESIDE_NAME)
 
 
-def read_trained_along(along: TrainedAlong, checkpoint: str | os.PathLike) -> None:
+def read_trained_along(along: CallbackModules, checkpoint: str | os.PathLike) -> None:
     """Take the modules of the loss callbacks back.
 
     Raises:

@@ -19,7 +19,7 @@ RANKS = [f"{direction}_median_rank" for direction in DIRECTIONS]
 """No fractions: they have no place among the matrices, and forgetting means nothing for them."""
 
 
-class TestsOfRun:
+class RunTests:
     """The held-out pairs of the stream, further pairs, and tests of labels.
 
     Args:
