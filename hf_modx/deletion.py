@@ -223,6 +223,9 @@ def tell_hub(run: Path) -> str | None:
     publisher = HubPublisher(published["repo_id"], run)
     publisher.lock()
     try:
+        publisher.check_access()
+        if not publisher.has_repository():  # claiming would make it again
+            raise HubError("There is no such repository, or not for this token.")
         publisher.claim(read_json(run / RECORD), is_new=False)
     except RepositoryConflict as error:
         raise RepositoryConflict(f"{error} Ask that folder to forget the pairs, too.") from None

@@ -302,6 +302,14 @@ def test_nobody_goes_on_without_knowing_where_main_lags_behind_a_phase(hub, publ
         HubPublisher(REPO, tmp_path / "elsewhere").claim(record, is_new=True)
 
 
+@pytest.mark.slow
+def test_repository_that_is_gone_is_not_made_again(hub, api, published, capsys):
+    api.delete_repo(REPO)
+    assert main(["forget", str(published), "--pair_id", "3"]) == 1
+    assert "no such repository, or not for this token" in capsys.readouterr().err
+    assert not hub.repository(REPO).exists and len(Deletions(published, COLUMNS)) == 1
+
+
 def test_hub_that_does_not_answer_learns_of_it_when_the_run_goes_on(hub, published, capsys):
     hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/main|/branch/")
     assert main(["forget", str(published), "--pair_id", "3"]) == 1
