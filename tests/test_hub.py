@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -236,6 +237,18 @@ def test_only_what_is_published_now_is_put_together(publisher, revisions):
         assert again.publish(finished, lambda number: (asked.append(number), revisions[number])[1]) == ()
         asked.append("published")
     assert asked == [0, 1, 1, "published", 2, 2, "published"]  # the last one for main as well
+
+
+@pytest.mark.slow
+def test_main_keeps_its_model_where_that_of_the_next_phase_is_gone_from_the_folder(hub, publisher, revisions):
+    first = publisher()
+    publish(first, revisions[:1])
+    first._publish_phase(revisions[1])  # and killed before main
+    before, gone = content(hub, "main"), replace(revisions[1], files={"run.json": b"{}"})
+    again = publisher()
+    again.claim(RECORD, is_new=False)
+    assert again.publish(2, [revisions[0], gone].__getitem__) == ("main",)
+    assert content(hub, "main") == before and "weights of phase-1 are gone" in again.reason
 
 
 def test_each_phase_is_one_commit_on_its_parent_with_a_branch_and_a_tag(hub, finished):

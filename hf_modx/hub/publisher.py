@@ -158,6 +158,14 @@ class HubPublisher:
             self.repo_id = f"{user['name']}/{self.repo_id}"
         self._has_access = True
 
+    def has_repository(self) -> bool:
+        """Whether there is one, as far as the token may see.
+
+        Raises:
+            HubError: the Hub does not answer.
+        """
+        return self._insist(lambda: self.api.repo_exists(self.repo_id))
+
     def lock(self) -> None:
         """Raise a RepositoryConflict where another process of this user on this machine is publishing to it."""
         name = hashlib.sha256(f"{self.api.endpoint} {self.repo_id}".encode()).hexdigest()[:16]
@@ -312,8 +320,7 @@ class HubPublisher:
 
     def _publish_phase(self, revision: Revision) -> None:
         start = time.monotonic()
-        if not revision.weights:
-            raise HubError(f"The weights of {revision.branch} are gone from {self.folder}.")
+        self._require_weights(revision)
         commit = self._look()[1].get(revision.tag)
         if commit is None:
             commit = self._commit_phase(revision)
@@ -327,6 +334,10 @@ class HubPublisher:
         self._remember()
         seconds = time.monotonic() - start
         logger.info("Published %s of %s (%s) in %.1f s", revision.branch, self.repo_id, commit[:7], seconds)
+
+    def _require_weights(self, revision: Revision) -> None:
+        if not revision.weights:
+            raise HubError(f"The weights of {revision.branch} are gone from {self.folder}.")
 
     def _commit_phase(self, revision: Revision) -> str:
         self._grow_branch(revision.branch, revision.parent)
@@ -346,6 +357,7 @@ class HubPublisher:
             raise RepositoryConflict(self._overtaken())
 
     def _publish_main(self, revision: Revision) -> None:
+        self._require_weights(revision)
         self._bring("main", revision.files, revision.title)
         self._main_phase = revision.number
         self._remember(main=revision.number)
