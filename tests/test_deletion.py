@@ -291,6 +291,17 @@ def test_hub_learns_at_once_what_was_asked(hub, published, tmp_path, capsys):
         HubPublisher(REPO, tmp_path / "elsewhere").claim(record, is_new=True)
 
 
+def test_nobody_goes_on_without_knowing_where_main_lags_behind_a_phase(hub, published, tmp_path):
+    """Killed between the tag of a phase and main: the newest phase is from before the request."""
+    heads = branches(hub)
+    HubPublisher(REPO, published).api.create_tag(REPO, tag="phase-2-final", revision=heads["phase-1"])
+    assert main(["forget", str(published), "--pair_id", "3"]) == 0
+    record = {**json.loads((published / "run.json").read_text()), "writer": "other", "run_id": "s"}
+    record["identity"].pop("deletions")
+    with pytest.raises(RepositoryConflict, match="asked 1 times to forget pairs"):
+        HubPublisher(REPO, tmp_path / "elsewhere").claim(record, is_new=True)
+
+
 def test_hub_that_does_not_answer_learns_of_it_when_the_run_goes_on(hub, published, capsys):
     hub.faults = Faults(rate=1.0, kinds=["503"], where="/commit/main|/branch/")
     assert main(["forget", str(published), "--pair_id", "3"]) == 1

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_modx import ModXTrainer, ModXTrainingArguments, build_recipe
 from hf_modx.callbacks import Classification, Contrastive, ReferenceDistillation, class_pairs
-from hf_modx.callbacks.reference import Draw
+from hf_modx.callbacks.reference import Draw, reference_images, row_keys, stored_images
 from hf_modx.losses.reference import reference_distillation
 
 from launch import launch
@@ -321,6 +321,15 @@ def test_references_that_have_left_the_base_take_what_the_teacher_said_along(mak
     strange.load_state_dict(before.state_dict())
     with pytest.raises(ValueError, match="other pairs than the teacher was asked about"):
         train(tiny_clip(processor), make_args(max_steps=1), processor, pairs, [Contrastive(), strange])
+
+
+def test_reference_images_are_told_apart_without_reading_those_of_other_sources(reference, tmp_path):
+    """Those at an address that is no file are told apart by it; a source that stays as it is may be any size."""
+    elsewhere = Dataset.from_dict({"image": [f"https://a.place/{k}.png" for k in range(3)]})
+    keys = row_keys(stored_images(reference_images(elsewhere, "image")))
+    assert len(keys.unique()) == 3
+    own = ReferenceDistillation(images=reference)
+    assert own._keys() == {}
 
 
 @pytest.mark.parametrize("start", [lambda c: c.start_run(None), lambda c: c.start_phase(None)])

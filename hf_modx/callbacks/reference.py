@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import torch
 from datasets import Dataset
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from ..data import PairCollator, as_captions
 from ..data.images import to_rgb
 from ..data.loading import with_images
+from ..data.overlap import image_digests
 from ..distributed import all_gather_rows, on_each_process, process_index, world_size
 from ..embeddings import embed_images, embed_texts
 
@@ -43,6 +45,15 @@ def row_keys(contents: Iterable[bytes]) -> Tensor:
     """(N,) 63-bit hashes of the contents of N rows."""
     digests = (hashlib.blake2b(content, digest_size=8).digest() for content in contents)
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def stored_images(images: Dataset) -> Iterator[bytes]:
+    """What tells each image of the one column from others: a hash of it as it is stored; its address, where it lies on
+    no disk."""
+    (column,) = images.column_names
+    stored = images.cast_column(column, datasets.Image(decode=False))
+    for row, digest in enumerate(image_digests(images, column)):
+        yield digest or str(stored[row][column]["path"]).encode()
 
 
 def _column(table: Dataset, column: str) -> Dataset:

@@ -8,13 +8,20 @@ from torch import Tensor
 
 from ..data import PairCollator
 from ..data.loading import load_table
-from ..data.overlap import image_digests
 from ..embeddings import PairEmbeddings
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
 from ..pretrained import load_dual_encoder
 from .base import LossCallback, LossContext, PhaseBoundary
-from .reference import Draw, embed_references, reference_images, reference_pixels, reference_texts, row_keys
+from .reference import (
+    Draw,
+    embed_references,
+    reference_images,
+    reference_pixels,
+    reference_texts,
+    row_keys,
+    stored_images,
+)
 
 IMAGES, TEXTS = 1, 2  # set the draws apart from each other and from those of the training data
 
@@ -143,10 +150,14 @@ class ReferenceDistillation(LossCallback):
         return {"image": len(self._images), "text": len(self._texts)}
 
     def _keys(self) -> dict[str, Tensor]:
-        """By which a reference is known again where others have left the base."""
-        (column,) = self._images.column_names
-        images, texts = image_digests(self._images, column), [text.encode() for text in self._texts]
-        return {"image_keys": row_keys(images), "text_keys": row_keys(texts)}
+        """By which what comes from the base is known again where other pairs have left it; a source of its own stays
+        as it is and may be large: it is not read for this."""
+        keys = {}
+        if self.image_source == "base":
+            keys["image_keys"] = row_keys(stored_images(self._images))
+        if self.text_source == "base":
+            keys["text_keys"] = row_keys(text.encode() for text in self._texts)
+        return keys
 
     def _leave_out_what_is_gone(self) -> None:
         """Of pairs that a run was asked to forget, what the teacher had said of them goes too."""

@@ -255,7 +255,9 @@ class HubPublisher:
             return
         last = max(self.on_hub, default=0)
         if last > (found.get("phase") or 0):  # main is behind: a phase may have begun with settings it does not know
-            found = self._record_at(self.on_hub[last]) or found
+            newest = self._record_at(self.on_hub[last]) or found
+            asked = max(map(_deletions, (found, newest)))  # main may have learned it after the phase
+            found = {**newest, "identity": {**newest["identity"], "deletions": asked}}
         differences = refused_changes(found, record["identity"], last)
         if differences:
             raise RepositoryConflict(
