@@ -26,6 +26,8 @@ PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/KEEPING
 LINKED = ["README.md", "CONTRIBUTING.md", *(f"{folder}/**/*.md" for folder in ("examples", "model_cards", "tests"))]
 OF_OTHERS = {"git", "pip", "hf", "pytest", "ruff", "pre-commit", "pdoc", "python3"}
 """Programs that are not ours."""
+STUDIES = {f"examples/study/{name}.py" for name in ("run", "budget", "batch_size")}
+"""Scripts with the options of `run.py`."""
 
 
 def commands(page: str) -> list[str]:
@@ -55,7 +57,7 @@ def check_script(script: str, flags: list[str]) -> None:
     elif script == "examples/pretrained_start.py":
         kinds = (pretrained_start.TowerArguments, ModXTrainingArguments)
         parse_arguments(kinds, [*flags, "--use_cpu", "true"])
-    elif script == "examples/study/run.py":
+    elif script in STUDIES:
         _, further = study.parse(flags)
         check_script("examples/continual_clip.py", further)
     else:
