@@ -72,8 +72,7 @@ from hf_modx.callbacks import replay_of
 from hf_modx.data.loading import at_most, load_splits, load_table
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
-from hf_modx.hub.run import UnpublishedPhases
-from hf_modx.hub.stream import NotAStream
+from hf_modx.hub import NotAStream, UnpublishedPhases
 from hf_modx.model_card.metadata import metric_name
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.recipes import recipe_arguments, recipe_name

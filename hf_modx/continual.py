@@ -81,8 +81,8 @@ class ContinualRun:
     finished run with MORE phases trains only the new ones.
 
     With `args.push_to_hub` every finished phase becomes a revision of one repository on the Hub before the next one
-    begins (see `hf_modx.hub`). An empty `output_dir` goes on with the run that the repository holds. What cannot be
-    published is tried again after each phase, at the end, and when `run` is called again.
+    begins (see `hf_modx.hub.publisher`). An empty `output_dir` goes on with the run that the repository holds. What
+    cannot be published is tried again after each phase, at the end, and when `run` is called again.
 
     With `args.peft` each phase trains a fresh adapter on what it starts from. At its end the adapter is merged; or,
     with `lora_merge` False, `phase-K/` holds for K > 0 one adapter of the model in `phase-0/` (see `adapter.py`).
@@ -106,7 +106,8 @@ class ContinualRun:
         TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
             nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
             before any training.
-        HubAccessError: with `push_to_hub`, no token, or one that may not write.
+        HubAccessError: with `push_to_hub`, no token, or one that may not write. It and the errors of `run` are in
+            `hf_modx.hub`.
     """
 
     def __init__(

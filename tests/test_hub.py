@@ -26,10 +26,9 @@ from safetensors.torch import load_file
 from transformers import CLIPModel, TrainerCallback
 
 from hf_modx import ContinualRun, ModXTrainer, PhaseStream
-from hf_modx.hub.faults import HubAccessError, HubError, RepositoryConflict, limit_silence
+from hf_modx.hub import HubAccessError, HubError, NotAStream, RepositoryConflict, UnpublishedPhases
+from hf_modx.hub.faults import limit_silence
 from hf_modx.hub.publisher import HubPublisher, Revision
-from hf_modx.hub.run import UnpublishedPhases
-from hf_modx.hub.stream import NotAStream
 from hf_modx.phases import content_fingerprint
 
 from hub_fixtures import TESTS, run_with_hub

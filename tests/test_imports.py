@@ -11,7 +11,11 @@ ABOVE = {
     "evaluation": {"callbacks", "recipes", "trainer", "continual", "cli"},
     "callbacks": {"recipes", "trainer", "continual", "evaluation", "cli"},
     "recipes": {"trainer", "continual", "phases", "cli"},
+    "data": {"callbacks", "teacher", "training", "trainer", "phases", "run", "continual", "cli"},
+    "teacher": {"callbacks", "training", "recipes", "trainer", "phases", "run", "continual", "cli"},
+    "training": {"recipes", "trainer", "phases", "run", "hub", "continual", "cli"},
     "trainer": {"continual", "phases", "run", "cli"},
+    "run": {"continual", "demo", "hub", "cli"},
     "continual": {"cli", "report"},
 }
 

@@ -23,4 +23,5 @@ def source_versions() -> dict[str, str]:
 
 
 def resource(module: str, path: str) -> bytes:
+    """A file that an installed package carries; FileNotFoundError where it has none of this name."""
     return importlib.resources.files(module).joinpath(path).read_bytes()

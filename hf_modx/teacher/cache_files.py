@@ -44,6 +44,7 @@ class CacheFiles:
         self._write("checksum", rows.start, self._checksums(rows, image, text))
 
     def is_whole(self, rows: range) -> bool:
+        """Whether the checksums of these rows fit."""
         image, text = self.arrays()
         first, last = self.offsets[rows.start], self.offsets[rows.stop]
         found = self._checksums(rows, image[rows.start : rows.stop], text[first:last])
@@ -68,6 +69,7 @@ class CacheFiles:
 
 
 def meta_of(first: PairEmbeddings, identity: dict[str, Any]) -> dict[str, Any]:
+    """What meta.json says of a cache, given the embeddings of some row."""
     return {
         "identity": identity,
         "width": first.image.shape[1],
@@ -109,6 +111,7 @@ def create(location: Path, meta: dict[str, Any], offsets: np.ndarray) -> None:
 
 
 def refuse_other_disk(location: Path) -> list:
+    """Raise an OSError where this process does not see the cache; nothing to gather otherwise."""
     if not (location / "meta.json").exists():
         raise OSError(
             f"A process does not see {location}, which another has made: the processes share no disk there. Set "

@@ -41,6 +41,7 @@ def cache_identity(
 
 
 def digest_of(content: str | bytes) -> str:
+    """128 bits in hexadecimal digits."""
     content = content.encode() if isinstance(content, str) else content
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 

@@ -9,7 +9,11 @@ TEXT_TOWER = ("text_model.", "text_projection.")
 
 
 def give_own_learning_rate(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
-    """Move the text tower and its projection out of the optimizer's groups into groups with another learning rate."""
+    """Move the text tower and its projection out of the optimizer's groups into groups with another learning rate.
+
+    Raises:
+        ValueError: the model has no parameters of these names.
+    """
     chosen = {
         id(parameter)
         for name, parameter in model.named_parameters()

@@ -97,7 +97,8 @@ class StepBatch:
         context: LossContext,
         pad_token_id: int,
     ) -> "StepBatch":
-        """A batch and the extra inputs that callbacks have added to it; the other arguments as above."""
+        """A batch and the extra inputs that callbacks have added to it, their texts padded with `pad_token_id`; the
+        other arguments as above."""
         extra = {
             callback: (len(own.get("pixel_values", ())), len(own.get("input_ids", ())))
             for callback, own in added.items()
@@ -158,7 +159,13 @@ def _gather_some(rows: Tensor) -> Tensor:
 
 
 def gather_pairs(local: PairEmbeddings, counts: list[int], kept: Tensor | None) -> PairEmbeddings:
-    """The embeddings of the global batch, in one exchange."""
+    """From this process's embeddings, (n, D), to those of the global batch, (N, D), in one exchange and with gradient.
+
+    Args:
+        local: those of the pairs alone.
+        counts: pairs of every process.
+        kept: which of the gathered rows belong to the global batch; None: all.
+    """
     width = local.image.shape[1]
     both = all_gather_rows(torch.cat([local.image, local.text], dim=1), counts)
     if kept is not None:
