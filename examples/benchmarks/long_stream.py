@@ -7,9 +7,9 @@ A CLIP of two layers of width 32 in each tower, 16 pairs and two steps with a ch
 row is the median over a part of the phases, measured where a phase's training begins; the first does not count. The
 last line is the slope of a straight line through all phases but the first quarter. Linux only.
 
-What rises by nature is the row that the results keep of each phase, some KiB. Resident memory goes up in steps in the
-first half of a hundred phases, when the allocator and the interpreter's tables grow for good, and then levels out;
-`tests/test_long_stream.py` counts objects, which is no matter of allocators.
+What rises by nature is the row that the results keep of each phase, some KiB. Resident memory goes up over the
+first half of a hundred phases and then levels out. `tests/test_long_stream.py` counts objects, which is no matter of
+allocators.
 """
 
 import argparse
