@@ -211,8 +211,13 @@ class ModXTrainer(Trainer):
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
             # without DDP and the processes would drift apart in silence.
             self.model._is_accelerate_prepared = False
-        with told_of_lost_processes(self.args):
-            output = super().train(*args, **kwargs)
+        try:
+            with told_of_lost_processes(self.args):
+                output = super().train(*args, **kwargs)
+        finally:
+            # The workers of an unfinished epoch end with their iterator, at once if it is freed here; the garbage
+            # collector would close their queues first and then wait five seconds for each of them.
+            self._reading = None
         if not (self.args.enable_jit_checkpoint and self.state.global_step < self.state.max_steps):
             self.finish_phase()
         return output

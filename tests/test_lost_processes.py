@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from multiprocessing import active_children
 
 import pytest
 import torch
@@ -34,6 +35,11 @@ def train(model, processor, pairs, make_args, tmp_path):
         return {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
 
     return train
+
+
+def test_workers_end_with_the_training_in_the_midst_of_an_epoch(train):
+    train(max_steps=2)
+    assert active_children() == []
 
 
 @pytest.fixture
