@@ -571,9 +571,11 @@ class ModXTrainer(Trainer):
         """The dual encoder without its wrappers, in the precision of the training."""
         was_training = self.model.training
         self.model.eval()
-        with self.accelerator.autocast():
-            yield self._dual_encoder
-        self.model.train(was_training)
+        try:
+            with self.accelerator.autocast():
+                yield self._dual_encoder
+        finally:
+            self.model.train(was_training)
 
     def _metrics(self, encoded: EncodedPairs) -> dict[str, float]:
         metrics = retrieval_metrics(

@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi, HfFileSystem, constants
@@ -47,6 +49,16 @@ def prepared(tmp_path_factory):
             shutil.copytree(kept[name] / "out", out)
 
     return prepared
+
+
+@pytest.fixture
+def short_waits(monkeypatch):
+    """Ours, and those of the client between its own attempts."""
+    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("hf_modx.hub.publisher.LOCK_WAIT", 0.2)
+    sleep = time.sleep
+    quick = SimpleNamespace(sleep=lambda seconds: sleep(seconds / 100))
+    monkeypatch.setattr("huggingface_hub.utils._http.time", quick)
 
 
 def pytest_itemcollected(item):

@@ -227,9 +227,8 @@ PUBLISHED = {"lora_merge": False, "push_to_hub": True, "hub_model_id": "owner/cl
 
 
 @pytest.fixture
-def published(processor, hub, prepared, tmp_path, monkeypatch):
+def published(processor, hub, prepared, short_waits, tmp_path):
     """A published run that keeps its adapters, as it would be started again."""
-    monkeypatch.setattr("hf_modx.hub.faults.FIRST_WAIT", 0.01)
     folder = tmp_path / "published"
     prepared("adapters", hub, folder, lambda: make_run(folder, processor, **PUBLISHED).run())
     return make_run(folder, processor, **PUBLISHED)

@@ -323,17 +323,6 @@ def test_references_that_have_left_the_base_take_what_the_teacher_said_along(mak
         train(tiny_clip(processor), make_args(max_steps=1), processor, pairs, [Contrastive(), strange])
 
 
-def test_answers_that_do_not_say_of_which_reference_they_are_are_refused(
-    model, make_args, processor, pairs, reference
-):
-    """A run that an earlier version has begun, and that was asked to forget pairs since."""
-    later = ReferenceDistillation()
-    later.start_run(reference.select(range(11)))
-    later.load_state_dict({"image": torch.zeros(12, 4), "text": torch.zeros(12, 4), "logit_scale": torch.tensor(1.0)})
-    with pytest.raises(ValueError, match="earlier version.*start a new run from a finished phase"):
-        train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), later])
-
-
 def test_reference_images_are_told_apart_without_reading_those_of_other_sources(reference, tmp_path):
     """Those at an address that is no file are told apart by it; a source that stays as it is may be any size."""
     elsewhere = Dataset.from_dict({"image": [f"https://a.place/{k}.png" for k in range(3)]})
