@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
-from test_hub import REPO, branches, content, short_waits  # noqa: F401 - a fixture
+from test_hub import REPO, branches, content
 from test_rollback import make_up_run, publish
 
 from hf_modx import Phase, PhaseStream
@@ -26,6 +26,8 @@ import continual_clip
 from hub_server import Faults
 from test_continual import StopAt, make_stream, same, weights
 from tiny import picture, tiny_pairs
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 SMALL = {"memory_size": 40, "batch_share": 0.3}  # all that is seen
 COLUMNS = ("image", "pair_id")

@@ -10,7 +10,7 @@ import pytest
 from datasets import load_from_disk
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
-from test_hub import REPO, branches, commits, content, make_run, on_disk, short_waits, tags  # noqa: F401 - fixtures
+from test_hub import REPO, branches, commits, content, make_run, on_disk, tags  # noqa: F401 - a fixture
 
 from hf_modx import ContinualRun, ModXTrainingArguments, PhaseStream
 from hf_modx.cli import main
@@ -25,6 +25,8 @@ from hf_modx.run.identity import changes, run_identity
 
 from hub_server import Faults
 from test_continual import StopAt, make_stream, results, run, same, weights  # noqa: F401 - run is a fixture
+
+pytestmark = pytest.mark.usefixtures("short_waits")
 
 
 def record_of(folder):
