@@ -13,7 +13,7 @@ from hf_modx.embeddings import embed_pairs
 from hf_modx.recipes import check_teachers
 from hf_modx.run.identity import setting_changes
 
-from test_continual import StopAt, make_stream
+from test_continual import StopAt, make_stream, results, training_without_clocks
 from tiny import quick_arguments, tiny_clip
 
 
@@ -21,7 +21,7 @@ class Look(ModX):
     """Keeps what the teacher says to the first batch of each phase."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(screen="correct")
         self.looks = []
 
     def loss_terms(self, student, teacher, context):
@@ -89,7 +89,16 @@ def test_interrupted_run_goes_on_with_the_initial_teacher_and_no_other(finished,
         run_of(tmp_path / "out", processor)
     resumed = run_of(tmp_path / "out", processor, teacher="initial")
     resumed.run()
-    assert same(weights(resumed, 2), weights(finished["initial"][0], 2))
+    whole = finished["initial"][0]
+    assert same(weights(resumed, 2), weights(whole, 2))
+    assert training_without_clocks(resumed) == training_without_clocks(whole)
+
+
+def test_kept_and_corrected_rows_of_each_phase_are_in_the_results(finished):
+    for record in results(finished["initial"][0])["training"]:
+        for side in ("image", "text"):
+            kept, corrected = (record[f"{side}_rows_{kind}"]["mean"] for kind in ("kept", "corrected"))
+            assert min(kept, corrected) > 0 and kept + corrected <= 1
 
 
 def test_run_that_does_not_say_which_has_the_previous_teacher(finished):
