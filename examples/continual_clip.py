@@ -75,7 +75,7 @@ from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub import NotAStream, UnpublishedPhases
 from hf_modx.model_card.metadata import metric_name
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
-from hf_modx.recipes import recipe_arguments, recipe_name
+from hf_modx.recipes import check_teachers, recipe_arguments, recipe_name
 from hf_modx.run.provenance import is_hub_id
 from hf_modx.run.retention import load_retention_tests
 from hf_modx.yaml_arguments import parse_arguments
@@ -245,6 +245,7 @@ def main(argv: list[str]) -> EvaluationMatrix | None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("hf_modx").setLevel(logging.INFO if args.process_index == 0 else logging.ERROR)
     use_all_cores(args)
+    check_teachers(script.recipe, build_recipe(script.recipe, **script.recipe_options), args.teacher)
     stream, tests = load_stream(script, args)
     if script.tests is not None:
         further = load_tests(script.tests)

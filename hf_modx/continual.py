@@ -38,7 +38,7 @@ from .interruption import StopOnSignal
 from .model_card import phase_config, write_phase_card
 from .phases import PhaseStream
 from .pretrained import load_model
-from .recipes import Part, build_recipe, recipe_name
+from .recipes import Part, build_recipe, check_teachers, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .rollback import history_in_words, reopen
 from .run.cross_phase import RunCrossPhase
@@ -132,6 +132,7 @@ class ContinualRun:
         self.loss_callbacks = [*build_recipe(recipe, **(recipe_args or {})), *retention_budget(args)]
         check_recipe(self.loss_callbacks)
         check_budget(self.loss_callbacks)
+        check_teachers(recipe, self.loss_callbacks, args.teacher)
         replay = replay_of(self.loss_callbacks)
         self.memory = None
         if replay is not None:
@@ -444,6 +445,9 @@ class ContinualRun:
         args.data_seed = 1000 * self.args.effective_data_seed + number
         args.push_to_hub, args.hub_token = False, None  # the run publishes; checkpoints hold the arguments
         args.enable_jit_checkpoint = False  # `stop` does it
+        args.teacher, teacher = "previous", None  # which is also the initial one, unless it is handed over here
+        if self.args.teacher == "initial" and train_dataset is not None and self._parent(number) > 0:
+            teacher = self._load_parent(0)
         if train_dataset is None:
             args.peft = None
         if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
@@ -457,6 +461,7 @@ class ContinualRun:
             processing_class=self.processing_class,
             callbacks=list(self.callbacks),
             loss_callbacks=self.loss_callbacks,
+            teacher=teacher,
         )
         steps = [self.steps(k) for k in range(1, number + 1)]
         name = f"phase-{number}-{self.stream.phases[number - 1].name if number else 'start'}"
@@ -469,7 +474,7 @@ class ContinualRun:
         return self._load(self.phase_folder(number))
 
     def _load_parent(self, number: int) -> nn.Module:
-        """The model that a phase starts from and has as its teacher, which must be the one that the run has left."""
+        """The model that a phase starts from or has as its teacher, which must be the one that the run has left."""
         model, folder, expected = self._load_phase(number), self.phase_folder(number), self.identity["start"]
         if number > 0:
             known = read_json(self.folder / RESULTS)["training"][number - 1] or {}

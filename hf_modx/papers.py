@@ -39,6 +39,13 @@ PAPERS = {
   pages = {26129--26149},
   year = {2023}
 }""",
+    "DKR": """@inproceedings{cui2024dkr,
+  title = {Continual Vision-Language Retrieval via Dynamic Knowledge Rectification},
+  author = {Cui, Zhenyu and Peng, Yuxin and Wang, Xun and Zhu, Manyu and Zhou, Jiahuan},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  pages = {11704--11712},
+  year = {2024}
+}""",
     "ReferenceDistillation": ZSCL,
     "WeightEnsemble": ZSCL,
     "IncCLIP": """@inproceedings{yan2022incclip,
@@ -117,4 +124,4 @@ PAPERS = {
   year = {2024}
 }""",
 }
-"""By type of the model, value of `peft` and class of the loss callbacks."""
+"""By type of the model, value of `peft` and class of the loss callbacks; DKR is `ModX(screen="correct")`."""

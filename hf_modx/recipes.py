@@ -225,6 +225,41 @@ def recipe_arguments(recipe: str | Sequence[Part]) -> dict[str, Any]:
     return {field: value for name in names for field, value in RECIPE_ARGUMENTS.get(name, {}).items()}
 
 
+def check_teachers(recipe: str | Sequence[Part], callbacks: Sequence[LossCallback], teacher: str) -> None:
+    """Raise a ValueError where no part of a recipe asks for this old model, or where parts would ask different ones.
+
+    Args:
+        recipe: as `build_recipe` takes it. Of one that is a list of loss callbacks two teachers may be meant.
+        callbacks: what it has made of that.
+        teacher: of `ModXTrainingArguments`.
+    """
+    asking = [type(callback).__name__ for callback in callbacks if callback.needs_teacher]
+    if teacher == "initial" and not asking:
+        raise ValueError(
+            f"teacher='initial' has no effect: nothing in the recipe {recipe_name(recipe)} asks the old model about "
+            "the new pairs. Leave it out. (ReferenceDistillation has an option teacher of its own.)"
+        )
+    if teacher == "initial" and "IncCLIP" in asking:
+        raise ValueError(
+            "IncCLIP makes pseudo texts with the model that a phase starts from, and the teacher it distils them from "
+            "must be the same one. Leave out teacher='initial'."
+        )
+    if not isinstance(recipe, str) and all(isinstance(part, LossCallback) for part in recipe):
+        return
+    for callback in callbacks:
+        if asking and isinstance(callback, ReferenceDistillation) and callback.teacher != teacher:
+            which = "after the phase before" if teacher == "previous" else "that the run began with"
+            raise ValueError(
+                f"Two teachers: that of {' and '.join(asking)} is the model {which}, that of ReferenceDistillation "
+                f"{callback.teacher!r}. They differ from the second phase on. Give ReferenceDistillation "
+                f"teacher={teacher!r}{_or_the_run(callback.teacher)}, or keep one of them."
+            )
+
+
+def _or_the_run(teacher: str) -> str:
+    return f" or the training arguments teacher={teacher!r}" if teacher in ("previous", "initial") else ""
+
+
 def _options_by_part(names: list[str], options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     by_part = set(options) <= set(names) and all(isinstance(value, Mapping) for value in options.values())
     if len(names) == 1 and not (options and by_part):
@@ -255,7 +290,6 @@ def _combined(parts: Sequence[tuple[str | LossCallback, dict[str, Any]]]) -> lis
     if len(parts) > 1:
         callbacks = _with_one_contrastive_term(callbacks)
         _refuse_twice(callbacks)
-        _refuse_two_teachers(callbacks)
         check_recipe(callbacks)
     return callbacks
 
@@ -294,14 +328,3 @@ def _refuse_twice(callbacks: list[LossCallback]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"Two parts of the recipe bring {name}. Keep one of them.")
-
-
-def _refuse_two_teachers(callbacks: list[LossCallback]) -> None:
-    asking = [type(callback).__name__ for callback in callbacks if callback.needs_teacher]
-    for callback in callbacks:
-        if asking and isinstance(callback, ReferenceDistillation) and callback.teacher != "previous":
-            raise ValueError(
-                f"Two teachers: that of {' and '.join(asking)} is the model after the phase before, that of "
-                f"ReferenceDistillation {callback.teacher!r}. They differ from the second phase on. Give the latter "
-                "teacher='previous', or keep one of them."
-            )

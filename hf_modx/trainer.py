@@ -37,7 +37,7 @@ from .files import SEAL, seal, write_text
 from .gradcache import GradientCache, join_batches
 from .hub.faults import warn_of_failed_pushes
 from .model_card import trainer_card
-from .recipes import Part, build_recipe
+from .recipes import Part, build_recipe, check_teachers
 from .replay import Replay, StoredEmbeddings, replayed_rows
 from .teacher import Teacher, embed_in_chunks, teacher_of
 from .teacher.cache import CachedTeacher, cache_for_phase, cache_obstacle
@@ -86,11 +86,13 @@ class ModXTrainer(Trainer):
             text embeddings)` and `label_ids = (image ids, text ids)`.
         loss_callbacks: a recipe as `build_recipe` takes it, for instance a name or a list of `LossCallback`s; they
             join the Trainer's callbacks. A callback added later with `add_callback` counts as well.
-        teacher: the old model. None takes a frozen copy, in memory, of the model as it is handed over.
+        teacher: the old model. None takes a frozen copy, in memory, of the model as it is handed over. With
+            `args.teacher` "initial" it must be given: a Trainer knows one phase, and no model from before it.
 
     Raises:
         TypeError: the model is no dual encoder, or a data set or column is of a wrong type.
-        ValueError: a missing column, a batch of one pair, a recipe without or with two contrastive terms.
+        ValueError: a missing column, a batch of one pair, a recipe without or with two contrastive terms, the initial
+            teacher without one.
         ImportError: `args.peft` without PEFT.
     """
 
@@ -150,7 +152,9 @@ class ModXTrainer(Trainer):
         self._stored: StoredEmbeddings | None = None
         self._check_data()
         self.add_callback(LogitScaleClamp(args.max_log_logit_scale))
-        for callback in build_recipe(loss_callbacks):
+        built = build_recipe(loss_callbacks)
+        check_teachers(loss_callbacks, built, args.teacher)
+        for callback in built:
             self.add_callback(callback)
         self.teacher = Teacher(teacher) if teacher is not None else None
         self._phase_start: dict[str, Tensor] = {}
@@ -720,6 +724,11 @@ class ModXTrainer(Trainer):
     def _remember_phase_start(self) -> None:
         """Take what the loss callbacks need of the weights as they are now, once."""
         if self._needs_teacher and self.teacher is None:
+            if self.args.teacher == "initial":
+                raise ValueError(
+                    "teacher='initial' is a setting of ContinualRun, which has the model that the run began with. "
+                    "Give ModXTrainer that model: ModXTrainer(..., teacher=model)."
+                )
             self.teacher = teacher_of(self.model)
         if any(callback.needs_phase_start for callback in self.loss_callbacks) and not self._phase_start:
             self._phase_start = {name: weight.detach().clone() for name, weight in trained_weights(self.model).items()}

@@ -61,6 +61,15 @@ class ModXTrainingArguments(TrainingArguments):
             "batch, at the price of a second forward pass."
         },
     )
+    teacher: str = field(
+        default="previous",
+        metadata={
+            "help": "Which old model ContinualRun gives the recipe to keep to: 'previous', the one that the phase "
+            "starts from, or 'initial', in every phase the one that the run began with (phase-0). It concerns terms "
+            "on embeddings, as those of modx, lwf, anchor and cclip, and none on weights.",
+            "choices": ["previous", "initial"],
+        },
+    )
     teacher_cache: str = field(
         default="auto",
         metadata={
@@ -128,7 +137,7 @@ class ModXTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "'lora': a phase trains a fresh low-rank adapter, all else is frozen. The teacher is the model "
-            "with the adapter off, and takes no memory.",
+            "with the adapter off, and takes no memory; with teacher 'initial' that is so in the first phase only.",
             "choices": ["lora"],
         },
     )
@@ -263,6 +272,8 @@ class ModXTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} needs push_to_hub.")
         if self.image_augmentation not in ("none", "affine_color"):
             raise ValueError(f"image_augmentation must be 'none' or 'affine_color', got {self.image_augmentation!r}.")
+        if self.teacher not in ("previous", "initial"):
+            raise ValueError(f"teacher must be 'previous' or 'initial', got {self.teacher!r}.")
         if self.teacher_cache not in ("auto", "memory", "disk", "off"):
             raise ValueError(f"teacher_cache must be 'auto', 'memory', 'disk' or 'off', got {self.teacher_cache!r}.")
         if self.teacher_cache in ("memory", "disk") and self.image_augmentation != "none":

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_modx import Contrastive, LossCallback, LossContext, ModX, ModXTrainer, ModXTrainingArguments, PairEmbeddings
 from hf_modx.callbacks import EWC, L2SP, Anchor, Cumulative, FixedLogitScale, Frozen, LwF, WeightEnsemble, WiseFT
 from hf_modx.distributed import process_index, world_size
-from hf_modx.losses import info_nce
+from hf_modx.losses import affinity_distillation, info_nce
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -143,6 +143,23 @@ def test_unscreened_modx_has_the_terms_of_its_parts():
     torch.testing.assert_close(whole["modx_distillation"], part["modx_distillation"], rtol=0, atol=1e-12)
     expected = info_nce(student.image, student.text, student.logit_scale)
     torch.testing.assert_close(whole["contrastive"], expected, rtol=0, atol=1e-12)
+
+
+def test_correcting_modx_tells_how_much_it_corrects():
+    """With and without its own contrastive term, the term is that of the loss; plain Mod-X says nothing of it."""
+    student, _ = random_pairs(7, 5, seed=1, log_scale=2.0)
+    teacher, _ = random_pairs(7, 5, seed=3, log_scale=2.0)
+    found = affinity_distillation(student.image, student.text, teacher.image, teacher.text, screen="correct")
+    for contrastive in (True, False):
+        context = context_of(7)
+        callback = ModX(alpha=2.0, screen="correct", contrastive=contrastive)
+        term = callback.loss_terms(student, teacher, context)["modx_distillation"]
+        torch.testing.assert_close(term, 2 * found.loss, rtol=0, atol=1e-12)
+        assert context.metrics["text_rows_corrected"] == found.text_rows_corrected > 0
+        assert context.metrics["image_rows_corrected"] == found.image_rows_corrected > 0
+    context = context_of(7)
+    ModX().loss_terms(student, teacher, context)
+    assert set(context.metrics) == {"image_rows_kept", "text_rows_kept"}
 
 
 # ---- Weights ----
@@ -292,6 +309,8 @@ def test_fisher_matrix_is_taken_at_the_weights_that_the_phase_leaves(make_args, 
         (lambda: WiseFT(1.5), "weight"),
         (lambda: WeightEnsemble(0), "at least 1"),
         (lambda: LwF(weight=-1), "weight"),
+        (lambda: ModX(screen="kept"), "screen must be"),
+        (lambda: ModX(screen="correct", reference_batch_size=8), "reference_batch_size counts the rows"),
         (lambda: LwF(temperature=0), "temperature"),
     ],
 )

@@ -83,6 +83,30 @@ def reference_distillation(images, texts, old_images, old_texts, distill_scale=1
     return (directions[0] + directions[1]) / 2, *kept
 
 
+def reference_rectification(batch, distill_scale=1.0, ids=None, shared=False):
+    """Of a row the old affinity where the old model is right, nothing where only the new one is, else the pairs."""
+    directions, counts = [], {"kept": [], "corrected": []}
+    new_matrix, old_matrix = batch.images @ batch.texts.T, batch.old_images @ batch.old_texts.T
+    for new, old in ((new_matrix, old_matrix), (new_matrix.T, old_matrix.T)):
+        total, kept, corrected = 0.0, 0, 0
+        for row in range(len(new)):
+            columns = list(range(len(new))) if shared else candidates(row, len(new), ids)
+            partners = [column for column in columns if shared and ids[column] == ids[row]] or [row]
+            own = [columns.index(partner) for partner in partners]
+            new_row, old_row = new[row, columns], old[row, columns]
+            log_probs = torch.log_softmax(distill_scale * new_row, dim=0)
+            if old_row.argmax().item() in own:
+                old_probs = torch.softmax(distill_scale * old_row, dim=0)
+                total, kept = total + (old_probs * (old_probs.log() - log_probs)).sum(), kept + 1
+            elif new_row.argmax().item() not in own:
+                target = torch.full((len(own),), 1 / len(own), dtype=log_probs.dtype)
+                total, corrected = total + (target * (target.log() - log_probs[own])).sum(), corrected + 1
+        directions.append(total)
+        counts["kept"].append(kept / len(new))
+        counts["corrected"].append(corrected / len(new))
+    return sum(directions) / 2, counts
+
+
 def assert_same_gradients(batch: Batch, loss: torch.Tensor, expected: torch.Tensor, **tolerance):
     for found, wanted in zip(batch.gradients(loss), batch.gradients(expected), strict=True):
         torch.testing.assert_close(found, wanted, **(tolerance or EXACT))
@@ -306,6 +330,61 @@ def test_new_embedding_that_is_not_finite_shows_even_where_nothing_is_kept():
     images = unit(2, DIM, 0)
     images[0, 0] = float("nan")
     assert not torch.isfinite(affinity_distillation(images, unit(2, DIM, 1), old_images, old_texts).loss)
+
+
+# --- correcting what both models get wrong ---------------------------------------------------------------------------
+
+DIFFERENT, NEUTRAL, SHARED = (None, False), ([4, 7, 4, 1, 9, 7, 4, 2, 3], False), ([4, 7, 4, 1, 9, 7, 4, 2, 3], True)
+
+
+@pytest.mark.parametrize("distill_scale", [1.0, 60.0])
+@pytest.mark.parametrize("relations", [DIFFERENT, NEUTRAL, SHARED], ids=["different", "neutral", "positives"])
+def test_correcting_treats_each_row_by_who_gets_it_right(relations, distill_scale):
+    """Alone and beside InfoNCE, in blocks and in one."""
+    ids, shared = relations
+    batch = Batch(seed=3)
+    expected, counts = reference_rectification(batch, distill_scale, ids, shared)
+    for kept, corrected in zip(*counts.values(), strict=True):
+        assert min(kept, corrected, 1 - kept - corrected) > 1e-6, "the batch must hold rows of all kinds"
+    options = {"screen": "correct", "distill_scale": distill_scale, "positives": shared}
+    options["pair_ids"] = None if ids is None else torch.tensor(ids)
+    for chunk_size in (None, 2):
+        found, modx = (make(chunk_size=chunk_size, **options) for make in (batch.distillation, batch.modx))
+        for result, divergence in ((found, found.loss), (modx, modx.distillation)):
+            torch.testing.assert_close(divergence, expected, **EXACT)
+            assert_same_gradients(batch, divergence, expected)
+            for kind, fractions in counts.items():
+                sides = [getattr(result, f"{side}_rows_{kind}").item() for side in ("image", "text")]
+                assert sides == pytest.approx(fractions)
+
+
+def test_correcting_is_screening_and_a_part_of_its_own_that_rows_share():
+    batch, rows = Batch(), torch.arange(N) % 3 == 0
+    whole, screened = batch.distillation(screen="correct"), batch.distillation()
+    assert whole.loss > screened.loss and whole.image_rows_kept == screened.image_rows_kept
+    parts = [batch.distillation(rows=which, screen="correct").loss for which in (rows, ~rows)]
+    torch.testing.assert_close(sum(parts), whole.loss, **EXACT)
+
+
+def test_row_of_which_the_old_model_says_nothing_is_not_corrected():
+    batch = Batch()
+    batch.old_texts[0] = float("nan")
+    found = batch.distillation(screen="correct")
+    assert found.image_rows_kept == found.image_rows_corrected == 0 and found.text_rows_corrected > 0
+    assert all(torch.isfinite(gradient).all() for gradient in batch.gradients(found.loss))
+
+
+def test_new_embedding_that_is_not_finite_is_no_row_to_leave_alone():
+    batch = Batch()
+    with torch.no_grad():
+        batch.images[3, 2] = float("nan")
+    assert not torch.isfinite(batch.distillation(screen="correct").loss)
+
+
+@pytest.mark.parametrize("make", [Batch.distillation, Batch.modx])
+def test_unknown_screening_is_refused(make):
+    with pytest.raises(ValueError, match="screen must be true, false or \"correct\", got 'corect'"):
+        make(Batch(), screen="corect")
 
 
 # --- Mod-X -----------------------------------------------------------------------------------------------------------
@@ -620,7 +699,16 @@ class Exchange:
 
 @pytest.mark.parametrize("scale", [14.0, 100.0])
 @pytest.mark.parametrize("bounds", [[0, 5, 9], [0, 0, 1, 9]], ids=str)
-@pytest.mark.parametrize("rows", [{"pair_ids": IDS}, {"pair_ids": BOTH_IDS, "positives": True}], ids=["one", "two"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"pair_ids": IDS},
+        {"pair_ids": BOTH_IDS, "positives": True},
+        {"screen": "correct"},
+        {"screen": "correct", "pair_ids": BOTH_IDS, "positives": True},
+    ],
+    ids=["one", "two", "correcting", "correcting two"],
+)
 def test_shards_sum_to_the_whole(rows, bounds, scale):
     batch = Batch()
     batch.scale = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
@@ -637,7 +725,7 @@ def test_shards_sum_to_the_whole(rows, bounds, scale):
     with ThreadPoolExecutor(number) as pool:
         answers = list(pool.map(one_process, range(number)))
     for found, _ in answers:
-        for name in ("loss", "contrastive", "distillation", "image_rows_kept", "text_rows_kept"):
+        for name in vars(whole):
             torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-11, atol=1e-11)
     for parts, expected in zip(
         zip(*[grads for _, grads in answers], strict=True), batch.gradients(whole.loss), strict=True

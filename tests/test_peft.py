@@ -104,6 +104,13 @@ def features(model):
 # ---- Whole runs ----
 
 
+@pytest.mark.slow
+def test_initial_teacher_is_beside_the_adapters_from_the_second_phase_on(run, finished):
+    other = run(teacher="initial")
+    assert same(weights(other, 1), weights(finished(True), 1))
+    assert not same(weights(other, 2), weights(finished(True), 2))
+
+
 EVERY_SECOND = {"save_strategy": "steps", "save_steps": 2}
 
 

@@ -110,7 +110,6 @@ def test_combination_has_one_contrastive_term(recipe, callbacks, owner):
         ("cclip+weight_ensemble", "WiseFT and WeightEnsemble each decide which weights"),
         ("cclip+wise_ft", "Two parts of the recipe bring WiseFT"),
         ("modx_plus+er", "Two parts of the recipe bring ExperienceReplay"),
-        ("zscl+modx", "Two teachers: that of ModX is the model after the phase before.*'initial'.*teacher='previous'"),
         ("frozen+modx", "Frozen trains nothing: ModX"),
         ("modx+kl", "Two parts of the recipe bring ModX"),
         ("zscl+l2sp", "Two parts of the recipe bring L2SP"),
@@ -122,10 +121,6 @@ def test_combination_has_one_contrastive_term(recipe, callbacks, owner):
 def test_parts_that_do_not_go_together_are_refused_with_the_reason(recipe, reason):
     with pytest.raises(ValueError, match=reason):
         build_recipe(recipe)
-
-
-def test_two_methods_may_ask_the_same_teacher():
-    assert names("zscl+modx+lwf", zscl={"teacher": "previous"})[-2:] == ["ModX", "LwF"]
 
 
 def test_options_of_a_combination_are_given_by_part():

@@ -14,6 +14,7 @@ import run as study  # noqa: E402
 import tables  # noqa: E402
 
 from hf_modx import build_recipe  # noqa: E402
+from hf_modx.recipes import check_teachers  # noqa: E402
 
 import continual_clip  # noqa: E402
 
@@ -132,7 +133,10 @@ def test_all_entries_and_sets_can_be_built():
     content = yaml.safe_load((ROOT / "examples" / "study" / "recipes.yaml").read_text())
     for name in [name for names in content["sets"].values() for name in names]:
         entry = content["recipes"].get(name, {})
-        assert build_recipe(entry.get("recipe", name), **entry.get("recipe_args", {})), name
+        recipe = entry.get("recipe", name)
+        callbacks = build_recipe(recipe, **entry.get("recipe_args", {}))
+        check_teachers(recipe, callbacks, entry.get("teacher", "previous"))
+        assert callbacks, name
 
 
 # ---- What the tables say ----

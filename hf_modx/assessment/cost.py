@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback
 from ..callbacks import replay_of
 from ..data.bad_samples import drop_bad_samples, find_bad_samples
 from ..data.loading import at_most
-from ..recipes import Part, build_recipe
+from ..recipes import Part, build_recipe, check_teachers
 from ..trainer import ModXTrainer
 from ..training_args import ModXTrainingArguments
 
@@ -68,12 +68,13 @@ def measure_cost(
         timed_steps: beside a first one, which is not counted.
 
     Raises:
-        ValueError: fewer than one step to be timed.
+        ValueError: fewer than one step to be timed, or a teacher that the recipe cannot have.
     """
     if timed_steps < 1:
         raise ValueError(f"timed_steps must be at least 1, got {timed_steps}.")
     watch = _Watch()
     callbacks = build_recipe(recipe, **(recipe_args or {}))
+    check_teachers(recipe, callbacks, args.teacher)
     with tempfile.TemporaryDirectory() as folder:
         trainer = ModXTrainer(
             model=copy.deepcopy(model).to(args.device),
@@ -82,6 +83,7 @@ def measure_cost(
             processing_class=processing_class,
             callbacks=[watch],
             loss_callbacks=callbacks,
+            teacher=model if args.teacher == "initial" else None,
         )
         if old is not None and (replay := replay_of(callbacks)) is not None:
             size = replay.memory_size

@@ -8,8 +8,8 @@ from .base import LossCallback, LossContext
 
 
 class Anchor(LossCallback):
-    """Hold every embedding near the one that the model after the phase before gives to the same image or text, so that
-    an index of old embeddings can still be asked: `weight * anchor_loss`.
+    """Hold every embedding near the one that the old model gives to the same image or text, so that an index of its
+    embeddings can still be asked: `weight * anchor_loss`.
 
     `LwF`, `ModX` and "kl" keep the old model's SIMILARITIES: a rotation that both towers share costs them nothing, and
     makes an old index useless. `ProjectedDistillation` keeps what can be read off the new embeddings. This term keeps

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..embeddings import PairEmbeddings
 from ..losses import AffinityDistillation, ModXLoss, affinity_distillation, modx_loss
-from ..losses.affinity import repeated, rows_ranked_first
+from ..losses.affinity import CORRECT, repeated, rows_ranked_first
 from ..losses.contrastive import full_precision, upcast
+from ..losses.distillation import check_screening
 from .base import LossCallback, LossContext, PhaseBoundary
 from .contrastive import contrastive_loss
 from .retention import RetentionBudget
@@ -42,14 +43,18 @@ class ModX(LossCallback):
         contrastive: also bring the model's own contrastive loss: InfoNCE, or the sigmoid loss of a model made for it,
             which takes a pass of its own over the similarity matrix. False beside another owner of the term.
         screen: False distils every row, also those that the old model has wrong: the recipe "kl". Two passes over the
-            similarity matrix instead of one.
+            similarity matrix instead of one. "correct": a row that the old model and the one in training both have
+            wrong is held to the pairs themselves, our reconstruction of DKR (see `affinity_distillation`). At a
+            `distill_scale` of 1 such a row pulls a hundred times as hard as a kept one, with `reduction="sum"` also
+            harder than the contrastive term: choose a smaller alpha, or "mean" and a scale near the logit scale.
         chunk_size: rows of the similarity matrices held at once; None chooses.
         reference_batch_size: the global batch size that alpha is meant for; None: whatever the batch is.
         alpha_start: what "auto" begins with, > 0. Default: 20.
 
     Logs `contrastive`, `modx_distillation` (weighted), the fractions `image_rows_kept` and `text_rows_kept` of rows
-    that the old model has right and, where it is not always `alpha`, the weight `modx_alpha`. Warns once a phase when
-    fewer than 5 % of the rows are kept, or with screening more than 95 %.
+    that the old model has right, `image_rows_corrected` and `text_rows_corrected` with "correct" and, where it is not
+    always `alpha`, the weight `modx_alpha`. Warns once a phase when fewer than 5 % of the rows are kept and no others
+    corrected, or with screening more than 95 %.
     """
 
     needs_teacher = True
@@ -60,7 +65,7 @@ class ModX(LossCallback):
         distill_scale: float = 1.0,
         reduction: str = "sum",
         contrastive: bool = True,
-        screen: bool = True,
+        screen: bool | str = True,
         chunk_size: int | None = None,
         reference_batch_size: int | None = None,
         alpha_start: float | None = None,
@@ -77,6 +82,12 @@ class ModX(LossCallback):
             raise ValueError(f"reference_batch_size must be at least 1, got {reference_batch_size}.")
         if reference_batch_size is not None and reduction == "mean":
             raise ValueError('reduction="mean" and reference_batch_size both undo the batch size: leave one out.')
+        check_screening(screen)
+        if reference_batch_size is not None and screen == CORRECT:
+            raise ValueError(
+                'reference_batch_size counts the rows that are kept, and screen="correct" has others that pull too: '
+                "leave one out."
+            )
         self.alpha = alpha
         self.alpha_start = alpha_start
         self.reference_batch_size = reference_batch_size
@@ -109,7 +120,7 @@ class ModX(LossCallback):
         alpha = self.current_alpha
         distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
         if self.owns_contrastive and self.screen and student.logit_bias is None:
-            result = modx_loss(*embeds, student.logit_scale, alpha=alpha, **distillation, **rows)
+            result = modx_loss(*embeds, student.logit_scale, alpha=alpha, screen=self.screen, **distillation, **rows)
             terms, divergence = {"contrastive": result.contrastive}, result.distillation
         else:
             result = affinity_distillation(*embeds, screen=self.screen, **distillation, **rows)
@@ -123,6 +134,9 @@ class ModX(LossCallback):
             context.report("modx_alpha", torch.as_tensor(alpha, dtype=divergence.dtype, device=divergence.device))
         context.report("image_rows_kept", result.image_rows_kept)
         context.report("text_rows_kept", result.text_rows_kept)
+        if self.screen == CORRECT:
+            context.report("image_rows_corrected", result.image_rows_corrected)
+            context.report("text_rows_corrected", result.text_rows_corrected)
         self._kept = self._kept + (result.image_rows_kept + result.text_rows_kept).detach() / 2
         self._batches += 1
         return terms
@@ -160,7 +174,7 @@ class ModX(LossCallback):
         if self._warned or self._batches == 0:
             return
         kept = float(self._kept) / self._batches
-        if kept < FEW_ROWS:
+        if kept < FEW_ROWS and self.screen != CORRECT:
             self._warned = True
             logger.warning(
                 "The old model ranks only %.1f %% of the new pairs first, and Mod-X distils only those: it has little "

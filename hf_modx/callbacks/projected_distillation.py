@@ -22,7 +22,7 @@ class ProjectedDistillation(LossCallback):
     may move, as long as the old ones can be read off them.
 
     `weight * L(h(V), h(L), V', L')`, see `contrastive_distillation`, with h the projector, V and L the features of the
-    model in training, V' and L' those of the model after the phase before.
+    model in training, V' and L' those of the old model.
 
     That an MLP projects the new features is the paper's; all else of it is our reconstruction: one h for both
     modalities, one hidden layer as wide as the features, ReLU, its output normalised, made anew in every phase. So is

@@ -15,6 +15,7 @@ from torch import Tensor
 # Stands for "this column is not a candidate". Finite, so that a masked column times a probability of zero is zero
 # and not NaN; far below any logit, so that its probability underflows to exactly zero.
 NOT_A_CANDIDATE = -1e30
+CORRECT = "correct"  # a value of `screen`
 # In units of the last place. Equal vectors multiplied in blocks of another shape differ by so much: without it a tie
 # would be kept or not with the chunk size.
 ROUNDING = 8
@@ -51,14 +52,18 @@ class AffinityLosses(NamedTuple):
 
     Attributes:
         contrastive: the mean over both directions of the cross-entropies' mean over rows.
-        distillation: the mean over both directions of KL(old || new) summed over the kept rows.
+        distillation: the mean over both directions of KL(old || new) summed over the kept rows, and of
+            KL(pairs || new) summed over the corrected ones.
         image_rows_kept, text_rows_kept: number of rows that the distillation kept.
+        image_rows_corrected, text_rows_corrected: number of rows held to the pairs themselves.
     """
 
     contrastive: Tensor
     distillation: Tensor
     image_rows_kept: Tensor
     text_rows_kept: Tensor
+    image_rows_corrected: Tensor
+    text_rows_corrected: Tensor
 
 
 def affinity_losses(
@@ -69,7 +74,7 @@ def affinity_losses(
     old_texts: Tensor | None = None,
     *,
     distill_scale: float = 1.0,
-    screen: bool = True,
+    screen: bool | str = True,
     rows: Tensor | None = None,
     pair_ids: Tensor | None = None,
     positives: bool = False,
@@ -85,8 +90,10 @@ def affinity_losses(
         scale: factor on the cosines in InfoNCE; takes gradient. None: no contrastive term (a zero).
         old_images, old_texts: (N, D') and (C, D') of the old model. None: no distillation (a zero).
         distill_scale: factor on the cosines in the distillation, > 0.
-        screen: keep only rows that the old model gets right.
-        rows: (N,) bool, the pairs whose rows the distillation may keep; None: all. The others stay candidates.
+        screen: keep only rows that the old model gets right. "correct": of the others, correct those that the new
+            model gets wrong too (see `affinity_distillation`).
+        rows: (N,) bool, the pairs whose rows the distillation may keep or correct; None: all. The others stay
+            candidates.
         pair_ids: (N,) or (N, K) integers. Two rows that agree in any of the K ids belong together.
         positives: rows that belong together are positives of each other; False: they are no candidates of each other.
         chunk_size: rows of a block. None chooses.
@@ -120,18 +127,22 @@ def rows_ranked_first(
     for place, block, _, right in _Blocks(images, texts, None, None, settings):
         screen.add_own(place, block, right)
         screen.add_highest(place, block)
-    return screen.own_is_highest()
+    return list(screen.own_is_highest())
 
 
 @dataclass(frozen=True)
 class _Settings:
     distill_scale: float
-    screen: bool
+    screen: bool | str
     distilled: Tensor | None
     pair_ids: Tensor | None
     positives: bool
     block_rows: int
     shard: Shard | None
+
+    @property
+    def corrects(self) -> bool:
+        return self.screen == CORRECT
 
     def rows(self, number: int) -> slice:
         """The rows of this process."""
@@ -155,29 +166,34 @@ class _AffinityLosses(torch.autograd.Function):
                 sharp.add_targets(place, new_block, positives)
             if distills:
                 old.add_own(place, old_block, positives)
+                if settings.corrects:
+                    soft.add_own(place, new_block, positives)
+                    soft.add_targets(place, new_block, positives)
                 soft.add(place, new_block, blocks.spare)
                 old.add(place, old_block, blocks.spare, torch.sub(old_block, new_block, out=new_block))
         for softmax in (sharp, soft, old):
             if softmax is not None:
                 softmax.finish(settings.shard)
-        sums = images.new_zeros(4, dtype=torch.float64)
+        sums = images.new_zeros(6, dtype=torch.float64)
         if sharp is not None:
             sums[0] = sharp.cross_entropy(rows)
         if distills:
-            kept = [usable_side & side for usable_side, side in zip(usable, old.own_is_highest(), strict=True)]
-            kept = kept if settings.screen else usable
-            if settings.distilled is not None:
-                kept = [side & settings.distilled for side in kept]
+            usable = usable if settings.distilled is None else usable & settings.distilled
+            right = old.own_is_highest()
+            kept = usable & right if settings.screen else usable
+            corrected = usable & ~right & ~soft.own_is_highest() if settings.corrects else torch.zeros_like(kept)
             sums[1] = _divergence(old, soft, kept, rows)
-            sums[2:] = torch.stack([side[rows].sum() for side in kept])
-            soft.keep(kept)
+            if settings.corrects:
+                sums[1] += soft.divergence_from_targets(corrected, rows)
+            sums[2:4], sums[4:] = kept[:, rows].sum(dim=1), corrected[:, rows].sum(dim=1)
+            soft.keep(kept | corrected, corrected)
             old.keep(kept)
         if settings.shard is not None:
             sums = settings.shard.gather(sums).sum(dim=0)
         ctx.save_for_backward(images, texts, old_images, old_texts)
         ctx.settings, ctx.softmaxes = settings, (sharp, soft, old)
         ctx.set_materialize_grads(False)
-        losses = (sums / sums.new_tensor([2 * len(images), 2, 1, 1])).to(images.dtype).unbind()
+        losses = (sums / sums.new_tensor([2 * len(images), 2, 1, 1, 1, 1])).to(images.dtype).unbind()
         ctx.mark_non_differentiable(*losses[2:])
         return losses
 
@@ -208,6 +224,8 @@ class _AffinityLosses(torch.autograd.Function):
             if distillation_grad is not None:
                 soft.add_probabilities(gradient, distillation_weight, place, new_block, blocks.spare)
                 old.add_probabilities(gradient, -distillation_weight, place, old_block, blocks.spare)
+                if settings.corrects:
+                    soft.subtract_targets(gradient, distillation_weight, place, positives)
             torch.mm(gradient, texts, out=image_grad[place])
             text_grad.addmm_(gradient.T, images[place])
         if scale_grad is not None:
@@ -276,9 +294,9 @@ class _Screen:
         self.own[0, place] = similar.amax(dim=1)
         torch.maximum(self.own[1], similar.amax(dim=0), out=self.own[1])
 
-    def own_is_highest(self) -> list[Tensor]:
-        """(N,) for rows and for columns: no candidate is strictly more similar than a positive, up to rounding."""
-        return list(self.highest <= self.own + ROUNDING * torch.finfo(self.own.dtype).eps)
+    def own_is_highest(self) -> Tensor:
+        """(2, N) for rows and for columns: no candidate is strictly more similar than a positive, up to rounding."""
+        return self.highest <= self.own + ROUNDING * torch.finfo(self.own.dtype).eps
 
 
 class _Softmax(_Screen):
@@ -291,6 +309,7 @@ class _Softmax(_Screen):
     Attributes:
         targets: (2, N) the mean cosine of every row and of every column with its positives, as `add_targets` was told.
         positives: (N,) their number.
+        shares: (2, N) of one positive in the target of every row and of every column; zero where there is none.
         shifts, sums: (2, N) for rows and for columns. A process has its shard of the rows, and at the end all columns.
         differences: (2, N) expectations of the difference that the blocks came with.
     """
@@ -339,9 +358,9 @@ class _Softmax(_Screen):
     def subtract_targets(self, total: Tensor, weight: Tensor, place: slice, positives: Tensor | None) -> None:
         """Subtract the weighted targets of rows and of columns: each an equal share for every positive."""
         if positives is None:
-            total.diagonal(offset=place.start).sub_(2 * weight)
+            total.diagonal(offset=place.start).sub_(weight * self.shares[:, place].sum(dim=0))
             return
-        shares = weight * (1 / self.positives[place, None] + 1 / self.positives)
+        shares = weight * (self.shares[0, place, None] + self.shares[1])
         total[:, : len(positives[0])].sub_(torch.where(positives, shares, 0))
 
     def _add_columns(self, pairs: Tensor, spare: Tensor, difference: Tensor | None) -> None:
@@ -374,15 +393,27 @@ class _Softmax(_Screen):
         self.log_sums = self.shifts.double() + self.sums.double().log()
         self.differences = self.differences.double() / self.sums.double()
         self.weights = self.sums.reciprocal()
-        self.targets = self.targets / self.positives.clamp(min=1)
+        self.positives = self.positives.clamp(min=1)
+        self.targets = self.targets / self.positives
+        self.shares = (1 / self.positives).expand(2, -1)
 
     def cross_entropy(self, rows: slice) -> Tensor:
         """Sum over the rows and the columns of these pairs, of each the mean over its positives."""
-        return (self.log_sums - self.factor * self.targets).sum(dim=0)[rows].sum()
+        return self._cross_entropies().sum(dim=0)[rows].sum()
 
-    def keep(self, kept: list[Tensor]) -> None:
-        """Let the probabilities of all other rows and columns be zero."""
-        self.weights = self.weights.where(torch.stack(kept), 0)
+    def divergence_from_targets(self, corrected: Tensor, rows: slice) -> Tensor:
+        """Sum of KL(target || new) over the corrected rows and columns of these pairs, (2, N) bool."""
+        divergences = self._cross_entropies() - self.positives.double().log()
+        return (divergences * corrected)[:, rows].sum()
+
+    def _cross_entropies(self) -> Tensor:
+        return self.log_sums - self.factor * self.targets
+
+    def keep(self, kept: Tensor, with_target: Tensor | None = None) -> None:
+        """Let the probabilities of all other rows and columns be zero, and the targets of all but some; (2, N)."""
+        self.weights = self.weights.where(kept, 0)
+        if with_target is not None:
+            self.shares = self.shares.where(with_target, 0)
 
     def add_probabilities(self, total: Tensor, weight: Tensor, place: slice, block: Tensor, spare: Tensor) -> None:
         """Add the weighted softmax over rows and the weighted softmax over columns, as far as they are kept."""
@@ -398,18 +429,18 @@ class _Softmax(_Screen):
         total[:, :number].addcmul_(powers[:, :number], column_weights)
 
 
-def _divergence(old: _Softmax, new: _Softmax, kept: list[Tensor], rows: slice) -> Tensor:
+def _divergence(old: _Softmax, new: _Softmax, kept: Tensor, rows: slice) -> Tensor:
     """Sum of KL(old || new) over the kept rows and columns of these pairs. The product lets a new model that is not
     finite through."""
     divergences = old.factor * old.differences - old.log_sums + new.log_sums
-    return (divergences * torch.stack(kept))[:, rows].sum()
+    return (divergences * kept)[:, rows].sum()
 
 
-def _without_nonfinite(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The old model's embeddings with zeros for rows that are not finite, and which image rows and which text rows
-    have finite similarities only."""
+def _without_nonfinite(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The old model's embeddings with zeros for rows that are not finite, and (2, N) which image rows and which text
+    rows have finite similarities only."""
     image_finite, text_finite = images.isfinite().all(dim=1), texts.isfinite().all(dim=1)
-    usable = [image_finite & text_finite.all(), text_finite[: len(images)] & image_finite.all()]
+    usable = torch.stack([image_finite & text_finite.all(), text_finite[: len(images)] & image_finite.all()])
     return images.where(image_finite[:, None], 0), texts.where(text_finite[:, None], 0), usable
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .affinity import Shard, affinity_losses
+from .affinity import CORRECT, Shard, affinity_losses
 from .contrastive import check_pairs, full_precision, upcast, with_extra
 
 
@@ -18,11 +18,14 @@ class AffinityDistillation:
         loss: scalar, the mean of the two directions.
         image_rows_kept: scalar in [0, 1], the fraction of image rows that took part; no gradient.
         text_rows_kept: the same for text rows.
+        image_rows_corrected, text_rows_corrected: the same of rows that were held to the pairs; 0 unless asked for.
     """
 
     loss: Tensor
     image_rows_kept: Tensor
     text_rows_kept: Tensor
+    image_rows_corrected: Tensor
+    text_rows_corrected: Tensor
 
 
 def affinity_distillation(
@@ -33,7 +36,7 @@ def affinity_distillation(
     *,
     distill_scale: float = 1.0,
     reduction: str = "sum",
-    screen: bool = True,
+    screen: bool | str = True,
     rows: Tensor | None = None,
     pair_ids: Tensor | None = None,
     positives: bool = False,
@@ -54,28 +57,36 @@ def affinity_distillation(
     not finite is not kept. A row that is not kept has value 0 and gradient 0, which equals the paper's replacement of
     the old row by the current one. New embeddings that are not finite make the loss not finite.
 
+    Correcting, `screen="correct"`, is our RECONSTRUCTION of DKR (Cui et al., "Continual Vision-Language Retrieval via
+    Dynamic Knowledge Rectification", AAAI 2024) from what its abstract says; the formula is ours. A row that the old
+    model gets right is kept. One that only the new model gets right, found as for the old one, is left alone, as
+    above. One that both get wrong has the pairs as its target in the old model's place:
+    `KL_i = -log softmax(c M_i)_i`, at the same c. Which case a row is takes no part in the gradient.
+
     Args:
         image_embeds, text_embeds: (N, D), unit-norm rows, the new model's; take gradient.
         teacher_image_embeds, teacher_text_embeds: (N, D'), unit-norm rows, the old model's on the same pairs; no
             gradient is computed for them. D' may differ from D.
         distill_scale: the factor c on the cosines inside the softmax, > 0.
         reduction: "sum" over rows, or "mean", which divides by N (not by the number of kept rows).
-        screen: False keeps every row.
+        screen: False keeps every row; "correct" corrects rows that both models get wrong.
         rows: (N,) bool: only these pairs are distilled, in both directions; the others stay candidates. N is then
             their number. None: all.
         pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no wrong answers.
         positives: they are right answers: a row takes part if the old model's most similar candidate is its partner or
-            any of theirs, and all stay in both softmaxes. False: they are no candidates, in screening and in both
-            softmaxes.
+            any of theirs, all stay in both softmaxes, and the target of a corrected row is shared out equally among
+            them. False: they are no candidates, in screening and in both softmaxes.
         extra_text_embeds, teacher_extra_text_embeds: (M, D) and (M, D'): further candidates of every image, for
             instance generated texts; they have no row of their own.
         chunk_size: rows held at once; None chooses. Bounds memory, never changes the result.
         shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction, or a `distill_scale` that is not positive.
+        ValueError: shapes that do not fit, an unknown reduction or screening, or a `distill_scale` that is not
+            positive.
     """
     check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
+    check_screening(screen)
     check_pairs(image_embeds, text_embeds, pair_ids)
     if rows is not None and (rows.shape != image_embeds.shape[:1] or rows.dtype != torch.bool):
         raise ValueError(f"rows must be {len(image_embeds)} booleans, got {rows.dtype} of shape {tuple(rows.shape)}.")
@@ -100,7 +111,13 @@ def affinity_distillation(
         )
     number = len(image_embeds) if rows is None else rows.sum().clamp(min=1)
     loss = losses.distillation / number if reduction == "mean" else losses.distillation
-    return AffinityDistillation(loss, losses.image_rows_kept / number, losses.text_rows_kept / number)
+    return AffinityDistillation(loss, *(rows_of_a_kind / number for rows_of_a_kind in losses[2:]))
+
+
+def check_screening(screen: bool | str) -> None:
+    """Raise a ValueError unless it is one of the three ways to choose rows."""
+    if screen not in (True, False, CORRECT):
+        raise ValueError(f'screen must be true, false or "{CORRECT}", got {screen!r}.')
 
 
 def check_distillation(

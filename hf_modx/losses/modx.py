@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .affinity import Shard, affinity_losses
 from .contrastive import check_pairs, full_precision, upcast
-from .distillation import check_distillation
+from .distillation import check_distillation, check_screening
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class ModXLoss:
         image_rows_kept: scalar in [0, 1], fraction of images for which the old model ranks their own caption, or that
             of a positive, first.
         text_rows_kept: scalar in [0, 1], the same for captions and images.
+        image_rows_corrected, text_rows_corrected: the fractions that were held to the pairs; 0 unless asked for.
     """
 
     loss: Tensor
@@ -27,6 +28,8 @@ class ModXLoss:
     distillation: Tensor
     image_rows_kept: Tensor
     text_rows_kept: Tensor
+    image_rows_corrected: Tensor
+    text_rows_corrected: Tensor
 
 
 def modx_loss(
@@ -39,6 +42,7 @@ def modx_loss(
     alpha: float = 20.0,
     distill_scale: float = 1.0,
     reduction: str = "sum",
+    screen: bool | str = True,
     pair_ids: Tensor | None = None,
     positives: bool = False,
     chunk_size: int | None = None,
@@ -56,6 +60,7 @@ def modx_loss(
             paper's batch) equals 5,600 with "mean".
         distill_scale: factor on the cosines inside the distillation softmax, > 0.
         reduction: "sum" or "mean" over the N rows; concerns the distillation only.
+        screen: which rows the distillation keeps and which it corrects, see `affinity_distillation`.
         pair_ids: (N,) or (N, K) integers; different rows that agree in an id are no negatives of each other, in both
             terms.
         positives: they are positives of each other, see `info_nce` and `affinity_distillation`. False: their columns
@@ -65,12 +70,13 @@ def modx_loss(
         shard: the rows that this process computes, where several share the loss (`LossContext.shard`).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown reduction, a negative alpha, or a `distill_scale` that is not
-            positive.
+        ValueError: shapes that do not fit, an unknown reduction or screening, a negative alpha, or a `distill_scale`
+            that is not positive.
     """
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, got {alpha}.")
     check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
+    check_screening(screen)
     check_pairs(image_embeds, text_embeds, pair_ids)
     with full_precision(image_embeds):
         losses = affinity_losses(
@@ -80,6 +86,7 @@ def modx_loss(
             upcast(teacher_image_embeds.detach()),
             upcast(teacher_text_embeds.detach()),
             distill_scale=distill_scale,
+            screen=screen,
             pair_ids=pair_ids,
             positives=positives,
             chunk_size=chunk_size,
@@ -93,4 +100,6 @@ def modx_loss(
         distillation=distillation,
         image_rows_kept=losses.image_rows_kept / number,
         text_rows_kept=losses.text_rows_kept / number,
+        image_rows_corrected=losses.image_rows_corrected / number,
+        text_rows_corrected=losses.text_rows_corrected / number,
     )

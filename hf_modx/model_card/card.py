@@ -424,9 +424,9 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _papers(config: Mapping[str, Any], recipe_args: Mapping[str, Any], peft: str | None) -> str:
     """Each once: two callbacks may be of one paper."""
-    return "\n\n".join(
-        dict.fromkeys(PAPERS[name] for name in (model_type(config), *recipe_args, peft) if name in PAPERS)
-    )
+    corrects = recipe_args.get("ModX", {}).get("screen") == "correct"
+    names = [model_type(config), *recipe_args, *(["DKR"] if corrects else []), peft]
+    return "\n\n".join(dict.fromkeys(PAPERS[name] for name in names if name in PAPERS))
 
 
 def _hub_link(repo_id: str) -> str:

@@ -57,23 +57,24 @@ def _mean(scores: Mapping[str, float]) -> float:
 
 def kept_rows_notes(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> list[str]:
     """Sentences on the phases in which Mod-X had nearly nothing to keep, or kept nearly everything."""
-    if number == 0 or not identity["recipe_args"].get("ModX", {}).get("screen", False):
+    screen = identity["recipe_args"].get("ModX", {}).get("screen", False)
+    if number == 0 or not screen:
         return []
     few, many = [], []
     for k, record in enumerate(results["training"][:number], start=1):
         sides = [record[side]["mean"] for side in ("image_rows_kept", "text_rows_kept") if side in (record or {})]
         kept = sum(sides) / len(sides) if sides else 0.5
-        few += [str(k)] if kept < FEW_ROWS else []
+        few += [str(k)] if kept < FEW_ROWS and screen is True else []
         many += [str(k)] if kept > NEARLY_ALL_ROWS else []
     notes = []
     if few:
         notes.append(
-            f"In phase {' and '.join(few)} the model before had fewer than {100 * FEW_ROWS:g} % of the rows right, "
+            f"In phase {' and '.join(few)} the old model had fewer than {100 * FEW_ROWS:g} % of the rows right, "
             "and Mod-X distils no others: what it says of forgetting there is close to plain fine-tuning."
         )
     if many:
         notes.append(
-            f"In phase {' and '.join(many)} the model before had more than {100 * NEARLY_ALL_ROWS:g} % of the rows "
+            f"In phase {' and '.join(many)} the old model had more than {100 * NEARLY_ALL_ROWS:g} % of the rows "
             "right: Mod-X held it to nearly all it knew of the new pairs, and may have learned less than it could."
         )
     return notes

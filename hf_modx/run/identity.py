@@ -47,7 +47,9 @@ HYPERPARAMETERS = [
     "contrastive_batch_size",
     "text_learning_rate_factor",
     "peft",
+    "teacher",
 ]
+UNSAID = {"teacher": "previous"}  # what held in runs whose run.json does not say
 PAIRS = ["same_pair_id", "pairs_in_batch"]
 STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
@@ -149,7 +151,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():
-        old = before["hyperparameters"].get(name)
+        old = before["hyperparameters"].get(name, UNSAID.get(name))
         if old != value:
             found.append(f"{name} was {old!r} and is {value!r}")
     return found
