@@ -1,6 +1,7 @@
 """The callbacks of the baselines: their formulas, and what they do before the first and after the last step."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,18 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from hf_modx import Contrastive, LossCallback, LossContext, ModX, ModXTrainer, ModXTrainingArguments, PairEmbeddings
-from hf_modx.callbacks import EWC, L2SP, Anchor, Cumulative, FixedLogitScale, Frozen, LwF, WeightEnsemble, WiseFT
+from hf_modx.callbacks import (
+    EWC,
+    L2SP,
+    Anchor,
+    Cumulative,
+    FixedLogitScale,
+    Frozen,
+    LwF,
+    WeightEnsemble,
+    WiseFT,
+    check_recipe,
+)
 from hf_modx.distributed import process_index, world_size
 from hf_modx.losses import affinity_distillation, info_nce
 
@@ -115,6 +127,25 @@ def test_lwf_is_the_divergence_of_the_scaled_logits_each_with_its_own_scale():
 
 def flipped(pairs):
     return PairEmbeddings(pairs.text, pairs.image, pairs.logit_scale)
+
+
+def test_replayed_only_distils_the_replayed_rows_against_all_candidates():
+    student, _ = random_pairs(7, 5, seed=1, log_scale=2.0)
+    teacher, _ = random_pairs(7, 3, seed=3, log_scale=2.0)
+    replayed = torch.tensor([False, True, False, False, True, True, False])
+    expected = 0.0
+    for new, old in ((student, teacher), (flipped(student), flipped(teacher))):
+        log_new, log_old = ((4 * pairs.image @ pairs.text.T)[replayed].log_softmax(dim=1) for pairs in (new, old))
+        expected = expected + 3 * (log_old.exp() * (log_old - log_new)).sum() / 2
+    callback = ModX(alpha=3, distill_scale=4, screen=False, replayed_only=True)
+    terms = callback.loss_terms(student, teacher, replace(context_of(7), is_replay=replayed))
+    torch.testing.assert_close(terms["modx_distillation"], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(terms["contrastive"], info_nce(student.image, student.text, student.logit_scale))
+
+
+def test_replayed_only_without_replay_is_refused():
+    with pytest.raises(ValueError, match="nothing replays any"):
+        check_recipe([ModX(replayed_only=True)])
 
 
 def test_kl_distils_rows_that_the_old_model_has_wrong():

@@ -137,6 +137,7 @@ class LossCallback(TrainerCallback):
         guards_weights: the callback may take back at the end of a phase what it has learned; it comes after the one
             that owns the weights and before all others.
         needs_budget: the callback is steered by a `RetentionBudget`.
+        needs_replay: the callback concerns replayed pairs, and some callback of the recipe must replay.
         needs_merge: the weights it leaves are no adapter's: of an adapter that is trained, it leaves them in the base.
         trains: False trains nothing at all.
         trains_on: "phase", or "all_phases_so_far" to train on the union of all data up to this phase.
@@ -154,6 +155,7 @@ class LossCallback(TrainerCallback):
     owns_weights: bool = False
     guards_weights: bool = False
     needs_budget: bool = False
+    needs_replay: bool = False
     needs_merge: bool = False
     trains: bool = True
     trains_on: str = "phase"
@@ -258,7 +260,7 @@ def _prefix(index: int, callback: LossCallback) -> str:
 
 def check_recipe(callbacks: Sequence[LossCallback]) -> None:
     """Raise a ValueError unless the callbacks go together: exactly one brings the contrastive term, at most one
-    decides on the weights, and one that trains nothing is alone."""
+    decides on the weights, one that trains nothing is alone, and one that needs replayed pairs gets some."""
     names = [type(callback).__name__ for callback in callbacks]
     frozen = [type(callback).__name__ for callback in callbacks if not callback.trains]
     if frozen and len(callbacks) > 1:
@@ -282,6 +284,12 @@ def check_recipe(callbacks: Sequence[LossCallback]) -> None:
         raise ValueError(
             f"No callback of the recipe ({', '.join(names) or 'nothing'}) brings the contrastive term. Add "
             "Contrastive()."
+        )
+    needing = [type(callback).__name__ for callback in callbacks if callback.needs_replay]
+    if needing and all(callback.replay is None for callback in callbacks):
+        raise ValueError(
+            f"{' and '.join(needing)} with replayed_only distils pairs of a memory, and nothing replays any: add "
+            "replay, as in modx+er."
         )
 
 

@@ -50,6 +50,8 @@ class ModX(LossCallback):
         chunk_size: rows of the similarity matrices held at once; None chooses.
         reference_batch_size: the global batch size that alpha is meant for; None: whatever the batch is.
         alpha_start: what "auto" begins with, > 0. Default: 20.
+        replayed_only: distil only the pairs that come from a memory; the new ones stay candidates. The fractions below
+            are then of replayed rows, "mean" is over them, and there is no warning. A part of the recipe must replay.
 
     Logs `contrastive`, `modx_distillation` (weighted), the fractions `image_rows_kept` and `text_rows_kept` of rows
     that the old model has right, `image_rows_corrected` and `text_rows_corrected` with "correct" and, where it is not
@@ -69,6 +71,7 @@ class ModX(LossCallback):
         chunk_size: int | None = None,
         reference_batch_size: int | None = None,
         alpha_start: float | None = None,
+        replayed_only: bool = False,
     ):
         if isinstance(alpha, str) and alpha != AUTO:
             raise ValueError(f'alpha must be a number or "auto", got {alpha!r}.')
@@ -88,6 +91,8 @@ class ModX(LossCallback):
                 'reference_batch_size counts the rows that are kept, and screen="correct" has others that pull too: '
                 "leave one out."
             )
+        if reference_batch_size is not None and replayed_only:
+            raise ValueError("reference_batch_size counts rows of the whole batch, replayed_only others: choose one.")
         self.alpha = alpha
         self.alpha_start = alpha_start
         self.reference_batch_size = reference_batch_size
@@ -98,6 +103,7 @@ class ModX(LossCallback):
         self.distill_scale = distill_scale
         self.reduction = reduction
         self.screen = screen
+        self.replayed_only = self.needs_replay = replayed_only
         self.chunk_size = chunk_size
         self._budget: RetentionBudget | None = None
         self._start_counting()
@@ -119,11 +125,12 @@ class ModX(LossCallback):
         rows = {**context.relations, "chunk_size": self.chunk_size}
         alpha = self.current_alpha
         distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
-        if self.owns_contrastive and self.screen and student.logit_bias is None:
+        if self.owns_contrastive and self.screen and student.logit_bias is None and not self.replayed_only:
             result = modx_loss(*embeds, student.logit_scale, alpha=alpha, screen=self.screen, **distillation, **rows)
             terms, divergence = {"contrastive": result.contrastive}, result.distillation
         else:
-            result = affinity_distillation(*embeds, screen=self.screen, **distillation, **rows)
+            distilled = context.is_replay if self.replayed_only else None
+            result = affinity_distillation(*embeds, screen=self.screen, rows=distilled, **distillation, **rows)
             terms, divergence = {}, result.loss
             if self.owns_contrastive:
                 terms["contrastive"] = contrastive_loss(student, **rows)
@@ -171,7 +178,7 @@ class ModX(LossCallback):
 
     def on_log(self, args, state, control, **kwargs):
         """Warn while there is still time to act; the logged step has synchronised with the device already."""
-        if self._warned or self._batches == 0:
+        if self._warned or self._batches == 0 or self.replayed_only:
             return
         kept = float(self._kept) / self._batches
         if kept < FEW_ROWS and self.screen != CORRECT:
