@@ -10,6 +10,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "study")]
 
+import choose  # noqa: E402
 import run as study  # noqa: E402
 import tables  # noqa: E402
 
@@ -163,6 +164,27 @@ def test_measures_of_a_run():
             "union": 0.1,
         }
     )
+
+
+def test_search_ranks_entries_that_every_stream_has_and_counts_trials_by_recipe(tmp_path):
+    last = {"a/weak": 0.2, "b/weak": 0.3, "a/strong": 0.1, "b/strong": 0.6, "a/half": 0.9, "a/frozen": 0.95}
+    for name, value in last.items():
+        run = tmp_path / f"{name}-seed10"
+        run.mkdir(parents=True)
+        recipe = "er" if "weak" in name else "modx"
+        record = {"recipe": run.name.split("-")[0], "seed": 10, "flags": ["--recipe", recipe, "--seed", "10"]}
+        (run / tables.STUDY).write_text(json.dumps(record))
+        (run / "run.json").write_text(json.dumps({"identity": {"phases": ["one", "two"]}}))
+        (run / "results.json").write_text(json.dumps(results([[value] * 4] * 3)))
+    choose.main(tmp_path)
+    text = (tmp_path / "search.md").read_text()
+    assert "3 settings, 5 runs, seed 10. Settings by recipe: er 1, modx 2." in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[:4] for line in lines[2:]] == [
+        ["| strong", "35.0", "10.0", "60.0"],
+        ["| weak", "25.0", "20.0", "30.0"],
+        ["| half", "-", "90.0", "not run"],
+    ]
 
 
 def test_a_model_that_finds_nothing_is_named():
