@@ -1,5 +1,6 @@
 """The old model that a run keeps to: the one before a phase, or the one that the run began with."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -30,11 +31,11 @@ class Look(ModX):
         return super().loss_terms(student, teacher, context)
 
 
-def run_of(folder, processor, callbacks=(), look=None, **changes):
+def run_of(folder, processor, callbacks=(), look=None, phases=2, **changes):
     """Quick: nothing is evaluated."""
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, **changes}
     return ContinualRun(
-        PhaseStream(tuple(replace(phase, test=None) for phase in make_stream())),
+        PhaseStream(tuple(replace(phase, test=None) for phase in make_stream(phases))),
         [look or Look()],
         quick_arguments(folder, **settings),
         model=tiny_clip(processor),
@@ -92,6 +93,13 @@ def test_interrupted_run_goes_on_with_the_initial_teacher_and_no_other(finished,
     whole = finished["initial"][0]
     assert same(weights(resumed, 2), weights(whole, 2))
     assert training_without_clocks(resumed) == training_without_clocks(whole)
+
+
+def test_initial_model_that_is_gone_is_asked_for_by_name(finished, processor, tmp_path):
+    shutil.copytree(finished["initial"][0].folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "phase-0")
+    with pytest.raises(FileNotFoundError, match="phase-0 is needed to go on.*Put it back"):
+        run_of(tmp_path / "out", processor, phases=3, teacher="initial").run()
 
 
 def test_kept_and_corrected_rows_of_each_phase_are_in_the_results(finished):
