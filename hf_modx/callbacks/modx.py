@@ -103,10 +103,14 @@ class ModX(LossCallback):
         self.distill_scale = distill_scale
         self.reduction = reduction
         self.screen = screen
-        self.replayed_only = self.needs_replay = replayed_only
+        self.replayed_only = replayed_only
         self.chunk_size = chunk_size
         self._budget: RetentionBudget | None = None
         self._start_counting()
+
+    @property
+    def needs_replay(self) -> bool:
+        return self.replayed_only
 
     @property
     def current_alpha(self) -> float:
