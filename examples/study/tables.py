@@ -240,6 +240,7 @@ def costs(cell: Cell) -> dict[str, str]:
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
     live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
+    which = " of replayed" if options.get("ModX", {}).get("replayed_only") else ""
     extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),
@@ -247,7 +248,7 @@ def costs(cell: Cell) -> dict[str, str]:
         "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
         "stored pairs": f"{stored:,}",
         "extra data and passes": ", ".join(extra) or "none",
-        "rows distilled": f"{100 * mean(kept):.0f} %" if kept else "not counted",
+        "rows distilled": f"{100 * mean(kept):.0f} %{which}" if kept else "not counted",
     }
 
 
