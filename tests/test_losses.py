@@ -563,6 +563,8 @@ def test_ids_that_are_not_one_integer_a_pair_are_refused(ids):
 def test_rows_that_are_not_one_boolean_a_pair_are_refused(rows):
     with pytest.raises(ValueError, match="rows must be 4 booleans"):
         affinity_distillation(*PAIR, *PAIR, rows=rows)
+    with pytest.raises(ValueError, match="rows must be 4 booleans"):
+        modx_loss(*PAIR, *PAIR, 1.0, rows=rows)
 
 
 def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
@@ -570,6 +572,18 @@ def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
     parts = [batch.distillation(rows=which, screen=False).loss for which in (rows, ~rows)]
     torch.testing.assert_close(sum(parts), batch.distillation(screen=False).loss, **EXACT)
     assert all(part > 0 for part in parts)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("screen", [True, False, "correct"])
+def test_modx_distils_the_rows_that_the_distillation_alone_does(screen, reduction):
+    batch, options = Batch(), {"rows": torch.arange(N) % 3 == 0, "screen": screen, "reduction": reduction}
+    whole, part = batch.modx(**options), batch.distillation(**options)
+    torch.testing.assert_close(whole.contrastive, batch.modx().contrastive, **EXACT)
+    torch.testing.assert_close(whole.distillation, part.loss, **EXACT)
+    assert_same_gradients(batch, whole.distillation, part.loss)
+    for name in ("image_rows_kept", "text_rows_kept", "image_rows_corrected", "text_rows_corrected"):
+        assert getattr(whole, name) == getattr(part, name)
 
 
 def test_old_model_of_another_batch_is_refused():
