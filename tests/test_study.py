@@ -226,7 +226,8 @@ def test_difference_is_paired_by_seed_with_a_t_interval():
 
 def test_forgetting_removed_is_a_ratio_of_means():
     def own(reached, last):
-        return {"reached": tables.spread(reached), "last": tables.spread(last), "plasticity": tables.spread(reached)}
+        known = {"reached": reached, "last": last, "plasticity": reached, "forgetting": dict.fromkeys(last, 0.1)}
+        return {name: tables.spread(by_seed) for name, by_seed in known.items()}
 
     finetune = own({0: 0.8, 1: 0.82, 2: 0.81, 3: 0.1}, {0: 0.4, 1: 0.41, 2: 0.42, 3: 0.1})
     recipe = own({0: 0.7, 1: 0.7, 2: 0.7}, {0: 0.5, 1: 0.53, 2: 0.5})
@@ -235,8 +236,21 @@ def test_forgetting_removed_is_a_ratio_of_means():
     assert found["relative_plasticity"] == pytest.approx(0.7 / 0.81)
 
 
+def test_means_over_streams_say_of_how_many_forgetting_removed_is():
+    def recipe(last, removed, plasticity):
+        own = {"last": tables.spread({0: last}), "union": tables.spread({0: last / 2})}
+        return {tables.METRIC: own | {"forgetting_removed": removed, "relative_plasticity": plasticity}}
+
+    one = {"finetune": recipe(0.1, 0.0, 1.0), "er": recipe(0.2, 0.5, 0.8), "kl": recipe(0.2, 0.5, 0.8)}
+    two = {"finetune": recipe(0.3, 0.0, 1.0), "er": recipe(0.5, None, 0.6)}
+    lines = tables.all_streams({"domain": one, "class": two})
+    assert "| er | 50 % (1 of 2) | 70 % | 35.0 | 17.5 |" in lines
+    assert not any("kl" in line for line in lines)
+    assert tables.all_streams({"domain": one}) == []
+
+
 @pytest.mark.parametrize("last", [{0: 0.4}, {0: 0.1, 1: 0.9}])
 def test_forgetting_removed_needs_forgetting_that_is_more_than_noise(last):
     finetune = {"reached": tables.spread(dict.fromkeys(last, 0.6)), "last": tables.spread(last)}
-    finetune["plasticity"] = finetune["reached"]
+    finetune["plasticity"] = finetune["forgetting"] = finetune["reached"]
     assert tables.comparisons(finetune, finetune, None)["forgetting_removed"] is None

@@ -43,14 +43,12 @@ that were never trained on.
 - plasticity: what a phase's test reaches right after its phase, mean over phases. Relative: over fine-tuning's.
 - old, end: mean over the tests of the base and of all phases but the last, after the last phase.
 - last: mean over all tests after the last phase. last - finetune: paired by seed, 95 % interval (Student's t).
-- forgetting: mean over the old tests of their best value before the last phase less that after it.
+- forgetting: mean over the old tests of their best value before the last phase less that after it. Less finetune's:
+  paired likewise; below zero, the recipe forgets less.
 - forgetting removed: (last - finetune's last) / (finetune's mean right after its phases, base included, - its last),
   of means over seeds; not determined (n.d.) where the denominator is below three standard errors or there is one seed.
 - gap to joint: joint's last - last. Joint starts from the base and trains on all pairs for the summed steps.
 - union: the pairs of all tests in one gallery, after the last phase.
-- settings: the recipes' defaults were chosen with another seed, by a search made when validation still shared drawings
-  with the tests of other seeds: it had seen 12 to 27 % of most tests of seeds 0 and 1 in the domain and class streams,
-  alike for all recipes. Validation drawings are in no test today.
 """
 
 
@@ -80,7 +78,8 @@ def write(folder: Path, *, figures: bool = False, cards: bool = False) -> None:
     for cell in cells:
         streams.setdefault(cell.stream, []).append(cell)
     found = {stream: summary(of_stream) for stream, of_stream in streams.items()}
-    write_text(folder / "tables.md", "\n".join(["# Study", "", DEFINITIONS, *map(chapter, streams.values())]))
+    parts = [DEFINITIONS, *all_streams(found), *map(chapter, streams.values())]
+    write_text(folder / "tables.md", "\n".join(["# Study", "", *parts]))
     write_json(folder / "measures.json", found)
     write_csv(cells, folder / "measures.csv")
     if figures:
@@ -188,6 +187,7 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
     if not shared:
         return found
     found["last_less_finetune"] = paired(own["last"], finetune["last"])
+    found["forgetting_less_finetune"] = paired(own["forgetting"], finetune["forgetting"])
     learned = (mean(part["plasticity"]["by_seed"][seed] for seed in shared) for part in (own, finetune))
     found["relative_plasticity"] = ratio(*learned)
     lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
@@ -260,13 +260,44 @@ def has_collapsed(results: Mapping[str, Any]) -> bool:
     return not any(results["matrix"]["image_to_text_recall@10"][-1])
 
 
+def all_streams(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Recipes that every stream has, by means over the streams (of forgetting removed, over those in which it is
+    determined, with their number); nothing where there is one stream."""
+    if len(found) < 2:
+        return []
+    shared = [name for name in next(iter(found.values())) if all(name in recipes for recipes in found.values())]
+    rows = [[name, *means([recipes[name][METRIC] for recipes in found.values()])] for name in shared]
+    columns = ["recipe", "forgetting removed", "relative plasticity", "last", "union"]
+    return [f"## Mean over {', '.join(found)}", "", *table(columns, rows), ""]
+
+
+def means(streams: Sequence[Mapping[str, Any]]) -> list[str]:
+    removed = [own["forgetting_removed"] for own in streams if own.get("forgetting_removed") is not None]
+    learned = [own.get("relative_plasticity") for own in streams]
+    ends = [[own[name]["mean"] for own in streams if name in own] for name in ("last", UNION)]
+    return [
+        f"{percent(mean(removed))} ({len(removed)} of {len(streams)})" if removed else "n.d.",
+        percent(mean(learned)) if None not in learned else "n.d.",
+        *(f"{100 * mean(values):.1f}" if len(values) == len(streams) else "n.d." for values in ends),
+    ]
+
+
 def chapter(cells: Sequence[Cell]) -> str:
     """All of one stream."""
     found, recipes = summary(cells), finished(cells)
     lines = [f"## {cells[0].stream}", ""]
     if recipes:
         some = next(iter(next(iter(recipes.values())).values()))
-        lines += [setting(some), "", *overview(found, recipes), "", *by_test(recipes), "", *prices(recipes), ""]
+        lines += [
+            f"{setting(some)} Device: {devices(recipes)}.",
+            "",
+            *overview(found, recipes),
+            "",
+            *by_test(recipes),
+            "",
+            *prices(recipes),
+            "",
+        ]
     unfinished = [cell for cell in cells if cell.results is None]
     if unfinished:
         lines += ["Not in these tables:", ""]
@@ -288,13 +319,23 @@ def setting(cell: Cell) -> str:
     hyper = record["identity"]["hyperparameters"]
     tests = ", ".join(f"{name} {n} ({100 / n:.2f})" for name, n in results["test_pairs"].items())
     phases = ", ".join(f"{phase['name']} {phase['rows']:,}" for phase in record["identity"]["phases"])
-    device = next((r["environment"]["device"] for r in results["training"]), "unknown")
     return (
         f"{'Validation drawings in the place of the tests. ' if validation else ''}"
         f"Pairs to learn: {phases}. Gallery sizes of the tests (recall@1 by chance, percent): {tests}. "
         f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
-        f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps. Device: {device}."
+        f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps."
     )
+
+
+def devices(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
+    """Where the runs trained; by seed, where not all did on the same."""
+    found: dict[str, set[int]] = {}
+    for seed, cell in (item for runs in recipes.values() for item in runs.items()):
+        for record in cell.results["training"][:1]:
+            found.setdefault(record["environment"]["device"], set()).add(seed)
+    if len(found) == 1:
+        return next(iter(found))
+    return "; ".join(f"{device} (seed {', '.join(map(str, sorted(of)))})" for device, of in found.items()) or "unknown"
 
 
 def overview(found: Mapping[str, Any], recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
@@ -307,6 +348,7 @@ def overview(found: Mapping[str, Any], recipes: Mapping[str, Mapping[int, Cell]]
         "last": part(METRIC, "last"),
         "last - finetune": lambda own: difference(own[METRIC].get("last_less_finetune")),
         "forgetting": part(METRIC, "forgetting"),
+        "forgetting - finetune": lambda own: difference(own[METRIC].get("forgetting_less_finetune")),
         "forgetting removed": lambda own: percent(own[METRIC].get("forgetting_removed")),
         "relative plasticity": lambda own: percent(own[METRIC].get("relative_plasticity")),
         "gap to joint": lambda own: difference(own[METRIC].get("gap_to_joint")),
