@@ -166,6 +166,18 @@ def test_measures_of_a_run():
     )
 
 
+def test_recipes_with_hyper_parameters_of_their_own_are_named(tmp_path):
+    recipes = {}
+    for name, rate in (("finetune", 5e-4), ("er", 5e-4), ("fast", 1e-3)):
+        run = tmp_path / name
+        run.mkdir()
+        hyperparameters = {"learning_rate": rate, "teacher": "previous", "seed": len(recipes)}
+        (run / "run.json").write_text(json.dumps({"identity": {"hyperparameters": hyperparameters}}))
+        recipes[name] = {0: tables.Cell("domain", name, 0, None, run, {}, "finished")}
+    assert tables.other_settings(recipes) == " With other settings: fast (learning_rate 0.001)."
+    assert tables.other_settings({"finetune": recipes["finetune"], "er": recipes["er"]}) == ""
+
+
 def write_trial(folder, name, last, seed=10, flags=("--demo_validation", "True")):
     """A run that has ended with such a score; None: that has failed."""
     run = folder / f"{name}-seed{seed}"

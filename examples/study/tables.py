@@ -289,7 +289,7 @@ def chapter(cells: Sequence[Cell]) -> str:
     if recipes:
         some = next(iter(next(iter(recipes.values())).values()))
         lines += [
-            f"{setting(some)} Device: {devices(recipes)}.",
+            f"{setting(some)}{other_settings(recipes)} Device: {devices(recipes)}.",
             "",
             *overview(found, recipes),
             "",
@@ -325,6 +325,21 @@ def setting(cell: Cell) -> str:
         f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
         f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps."
     )
+
+
+def other_settings(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
+    """A sentence on the recipes whose hyper-parameters are not those of the first one."""
+    known = {
+        name: read_json(next(iter(runs.values())).folder / "run.json")["identity"]["hyperparameters"]
+        for name, runs in recipes.items()
+    }
+    first = next(iter(known.values()))
+    compared = [name for name in first if name not in ("seed", "data_seed")]
+    found = []
+    for recipe, own in known.items():
+        other = [f"{name} {own.get(name)}" for name in compared if own.get(name) != first[name]]
+        found += [f"{recipe} ({', '.join(other)})"] if other else []
+    return f" With other settings: {', '.join(found)}." if found else ""
 
 
 def devices(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
