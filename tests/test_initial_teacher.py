@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, PhaseStream, build_recipe
-from hf_modx.callbacks import ReferenceDistillation
+from hf_modx.callbacks import IncCLIP, ReferenceDistillation
 from hf_modx.embeddings import embed_pairs
 from hf_modx.recipes import check_teachers
 from hf_modx.run.identity import run_identity, setting_changes
@@ -136,6 +136,10 @@ def test_trainer_alone_wants_the_initial_model_to_be_given(model, make_args, pro
     assert trainer.state.global_step == 1
 
 
+class OwnIncCLIP(IncCLIP):
+    pass
+
+
 TWO = [ModX(), ReferenceDistillation()]
 
 
@@ -146,6 +150,7 @@ TWO = [ModX(), ReferenceDistillation()]
         ("zscl", {}, "initial", "has an option teacher of its own"),
         ([Contrastive()], {}, "initial", "no effect"),
         ("incclip", {}, "initial", "IncCLIP makes pseudo texts with the model that a phase starts from"),
+        ([OwnIncCLIP()], {}, "initial", "IncCLIP makes pseudo texts"),
         ("zscl+modx", {}, "previous", "of ModX is the model after the phase before.*'initial'.*teacher='previous' or"),
         (
             "zscl+modx",
