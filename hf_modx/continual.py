@@ -209,8 +209,8 @@ class ContinualRun:
         return self.matrix()
 
     def _is_finished(self, number: int) -> bool:
-        """The phase lies on the disk, or has lain there: its row is in the results."""
-        return self.phase_folder(number).exists() or self.table.has(number)
+        """The phase lies on the disk, or has lain there: its row is in the results. Phase 0 is never trained."""
+        return number == 0 or self.phase_folder(number).exists() or self.table.has(number)
 
     def phase_folder(self, number: int) -> Path:
         """Where the model after phase `number` lies; 0 is the model before the first phase."""
@@ -486,7 +486,10 @@ class ContinualRun:
     def _load(self, folder: Path) -> nn.Module:
         """The model of a phase, an adapter merged into the base that it is one of."""
         if not folder.exists():
-            raise FileNotFoundError(f"{folder} is needed to go on and is not there any more.")
+            raise FileNotFoundError(
+                f"{folder} is needed to go on and is not there any more. Put it back: of a run on the Hub it is the "
+                f"revision {folder.name}."
+            )
         if (folder / ADAPTER_CONFIG).exists():
             model = load_merged(self._load_phase(0), folder)
         else:

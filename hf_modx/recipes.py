@@ -239,7 +239,7 @@ def check_teachers(recipe: str | Sequence[Part], callbacks: Sequence[LossCallbac
             f"teacher='initial' has no effect: nothing in the recipe {recipe_name(recipe)} asks the old model about "
             "the new pairs. Leave it out. (ReferenceDistillation has an option teacher of its own.)"
         )
-    if teacher == "initial" and "IncCLIP" in asking:
+    if teacher == "initial" and any(isinstance(callback, IncCLIP) for callback in callbacks):
         raise ValueError(
             "IncCLIP makes pseudo texts with the model that a phase starts from, and the teacher it distils them from "
             "must be the same one. Leave out teacher='initial'."

@@ -65,8 +65,9 @@ class ModXTrainingArguments(TrainingArguments):
         default="previous",
         metadata={
             "help": "Which old model ContinualRun gives the recipe to keep to: 'previous', the one that the phase "
-            "starts from, or 'initial', in every phase the one that the run began with (phase-0). It concerns terms "
-            "on embeddings, as those of modx, lwf, anchor and cclip, and none on weights.",
+            "starts from, or 'initial', in every phase the one that the run began with (phase-0, which must stay in "
+            "output_dir). It concerns terms on embeddings, as those of modx, lwf, anchor and cclip, and none on "
+            "weights.",
             "choices": ["previous", "initial"],
         },
     )

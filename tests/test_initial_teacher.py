@@ -1,5 +1,6 @@
 """The old model that a run keeps to: the one before a phase, or the one that the run began with."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,10 +9,10 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, PhaseStream, build_recipe
-from hf_modx.callbacks import ReferenceDistillation
+from hf_modx.callbacks import IncCLIP, ReferenceDistillation
 from hf_modx.embeddings import embed_pairs
 from hf_modx.recipes import check_teachers
-from hf_modx.run.identity import setting_changes
+from hf_modx.run.identity import run_identity, setting_changes
 
 from test_continual import StopAt, make_stream, results, training_without_clocks
 from tiny import quick_arguments, tiny_clip
@@ -30,11 +31,11 @@ class Look(ModX):
         return super().loss_terms(student, teacher, context)
 
 
-def run_of(folder, processor, callbacks=(), look=None, **changes):
+def run_of(folder, processor, callbacks=(), look=None, phases=2, **changes):
     """Quick: nothing is evaluated."""
     settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, **changes}
     return ContinualRun(
-        PhaseStream(tuple(replace(phase, test=None) for phase in make_stream())),
+        PhaseStream(tuple(replace(phase, test=None) for phase in make_stream(phases))),
         [look or Look()],
         quick_arguments(folder, **settings),
         model=tiny_clip(processor),
@@ -94,6 +95,13 @@ def test_interrupted_run_goes_on_with_the_initial_teacher_and_no_other(finished,
     assert training_without_clocks(resumed) == training_without_clocks(whole)
 
 
+def test_initial_model_that_is_gone_is_asked_for_by_name(finished, processor, tmp_path):
+    shutil.copytree(finished["initial"][0].folder, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "phase-0")
+    with pytest.raises(FileNotFoundError, match="phase-0 is needed to go on.*Put it back"):
+        run_of(tmp_path / "out", processor, phases=3, teacher="initial").run()
+
+
 def test_kept_and_corrected_rows_of_each_phase_are_in_the_results(finished):
     for record in results(finished["initial"][0])["training"]:
         for side in ("image", "text"):
@@ -109,6 +117,16 @@ def test_run_that_does_not_say_which_has_the_previous_teacher(finished):
     assert setting_changes(before, identities["initial"]) == ["teacher was 'previous' and is 'initial'"]
 
 
+def test_run_says_that_replayed_pairs_alone_are_distilled_only_where_they_are(tmp_path):
+    """What run.json of a run from before there was a choice holds is what it would hold today."""
+    options = []
+    for replayed_only in (False, True):
+        modx = ModX(replayed_only=replayed_only)
+        options.append(run_identity("modx", [modx], quick_arguments(tmp_path), make_stream())["recipe_args"]["ModX"])
+    plain = {"alpha": 20.0, "distill_scale": 1.0, "owns_contrastive": True, "reduction": "sum", "screen": True}
+    assert options == [plain, {**plain, "replayed_only": True}]
+
+
 def test_trainer_alone_wants_the_initial_model_to_be_given(model, make_args, processor, pairs):
     settings = {"args": make_args(max_steps=1, teacher="initial"), "train_dataset": pairs}
     with pytest.raises(ValueError, match=r"setting of ContinualRun.*ModXTrainer\(..., teacher=model\)"):
@@ -116,6 +134,10 @@ def test_trainer_alone_wants_the_initial_model_to_be_given(model, make_args, pro
     trainer = ModXTrainer(model=model, processing_class=processor, teacher=tiny_clip(processor, seed=1), **settings)
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+class OwnIncCLIP(IncCLIP):
+    pass
 
 
 TWO = [ModX(), ReferenceDistillation()]
@@ -128,6 +150,7 @@ TWO = [ModX(), ReferenceDistillation()]
         ("zscl", {}, "initial", "has an option teacher of its own"),
         ([Contrastive()], {}, "initial", "no effect"),
         ("incclip", {}, "initial", "IncCLIP makes pseudo texts with the model that a phase starts from"),
+        ([OwnIncCLIP()], {}, "initial", "IncCLIP makes pseudo texts"),
         ("zscl+modx", {}, "previous", "of ModX is the model after the phase before.*'initial'.*teacher='previous' or"),
         (
             "zscl+modx",

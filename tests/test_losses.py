@@ -374,13 +374,6 @@ def test_row_of_which_the_old_model_says_nothing_is_not_corrected():
     assert all(torch.isfinite(gradient).all() for gradient in batch.gradients(found.loss))
 
 
-def test_new_embedding_that_is_not_finite_is_no_row_to_leave_alone():
-    batch = Batch()
-    with torch.no_grad():
-        batch.images[3, 2] = float("nan")
-    assert not torch.isfinite(batch.distillation(screen="correct").loss)
-
-
 @pytest.mark.parametrize("make", [Batch.distillation, Batch.modx])
 def test_unknown_screening_is_refused(make):
     with pytest.raises(ValueError, match="screen must be true, false or \"correct\", got 'corect'"):
@@ -563,6 +556,8 @@ def test_ids_that_are_not_one_integer_a_pair_are_refused(ids):
 def test_rows_that_are_not_one_boolean_a_pair_are_refused(rows):
     with pytest.raises(ValueError, match="rows must be 4 booleans"):
         affinity_distillation(*PAIR, *PAIR, rows=rows)
+    with pytest.raises(ValueError, match="rows must be 4 booleans"):
+        modx_loss(*PAIR, *PAIR, 1.0, rows=rows)
 
 
 def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
@@ -570,6 +565,18 @@ def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
     parts = [batch.distillation(rows=which, screen=False).loss for which in (rows, ~rows)]
     torch.testing.assert_close(sum(parts), batch.distillation(screen=False).loss, **EXACT)
     assert all(part > 0 for part in parts)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("screen", [True, False, "correct"])
+def test_modx_distils_the_rows_that_the_distillation_alone_does(screen, reduction):
+    batch, options = Batch(), {"rows": torch.arange(N) % 3 == 0, "screen": screen, "reduction": reduction}
+    whole, part = batch.modx(**options), batch.distillation(**options)
+    torch.testing.assert_close(whole.contrastive, batch.modx().contrastive, **EXACT)
+    torch.testing.assert_close(whole.distillation, part.loss, **EXACT)
+    assert_same_gradients(batch, whole.distillation, part.loss)
+    for name in ("image_rows_kept", "text_rows_kept", "image_rows_corrected", "text_rows_corrected"):
+        assert getattr(whole, name) == getattr(part, name)
 
 
 def test_old_model_of_another_batch_is_refused():
@@ -704,10 +711,10 @@ class Exchange:
     [
         {"pair_ids": IDS},
         {"pair_ids": BOTH_IDS, "positives": True},
-        {"screen": "correct"},
+        {"screen": "correct", "rows": torch.arange(N) % 3 > 0},
         {"screen": "correct", "pair_ids": BOTH_IDS, "positives": True},
     ],
-    ids=["one", "two", "correcting", "correcting two"],
+    ids=["one", "two", "correcting some", "correcting two"],
 )
 def test_shards_sum_to_the_whole(rows, bounds, scale):
     batch = Batch()

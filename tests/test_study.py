@@ -166,25 +166,62 @@ def test_measures_of_a_run():
     )
 
 
+def test_recipes_with_hyper_parameters_of_their_own_are_named(tmp_path):
+    recipes = {}
+    for name, rate in (("finetune", 5e-4), ("er", 5e-4), ("fast", 1e-3)):
+        run = tmp_path / name
+        run.mkdir()
+        hyperparameters = {"learning_rate": rate, "teacher": "previous", "seed": len(recipes)}
+        (run / "run.json").write_text(json.dumps({"identity": {"hyperparameters": hyperparameters}}))
+        recipes[name] = {0: tables.Cell("domain", name, 0, None, run, {}, "finished")}
+    assert tables.other_settings(recipes) == " With other settings: fast (learning_rate 0.001)."
+    assert tables.other_settings({"finetune": recipes["finetune"], "er": recipes["er"]}) == ""
+
+
+def write_trial(folder, name, last, seed=10, flags=("--demo_validation", "True")):
+    """A run that has ended with such a score; None: that has failed."""
+    run = folder / f"{name}-seed{seed}"
+    run.mkdir(parents=True)
+    recipe = "er" if "weak" in name else "modx"
+    record = {"recipe": run.name.split("-")[0], "seed": seed, "flags": ["--recipe", recipe, *flags]}
+    (run / tables.STUDY).write_text(json.dumps(record))
+    if last is None:
+        (run / tables.FAILED).write_text(json.dumps({"reason": "loss: NaN"}))
+        return
+    (run / "run.json").write_text(json.dumps({"identity": {"phases": ["one", "two"]}}))
+    (run / "results.json").write_text(json.dumps(results([[last] * 4] * 3)))
+
+
+def ranked(folder):
+    choose.main(folder)
+    lines = [line for line in (folder / "search.md").read_text().splitlines() if line.startswith("| ")]
+    return [line.split(" | ")[:4] for line in lines[2:]]
+
+
 def test_search_ranks_entries_that_every_stream_has_and_counts_trials_by_recipe(tmp_path):
     last = {"a/weak": 0.2, "b/weak": 0.3, "a/strong": 0.1, "b/strong": 0.6, "a/half": 0.9, "a/frozen": 0.95}
-    for name, value in last.items():
-        run = tmp_path / f"{name}-seed10"
-        run.mkdir(parents=True)
-        recipe = "er" if "weak" in name else "modx"
-        record = {"recipe": run.name.split("-")[0], "seed": 10, "flags": ["--recipe", recipe, "--seed", "10"]}
-        (run / tables.STUDY).write_text(json.dumps(record))
-        (run / "run.json").write_text(json.dumps({"identity": {"phases": ["one", "two"]}}))
-        (run / "results.json").write_text(json.dumps(results([[value] * 4] * 3)))
-    choose.main(tmp_path)
-    text = (tmp_path / "search.md").read_text()
-    assert "3 settings, 5 runs, seed 10. Settings by recipe: er 1, modx 2." in text
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.split(" | ")[:4] for line in lines[2:]] == [
+    for name, value in {**last, "a/torn": 0.8, "b/torn": None}.items():
+        write_trial(tmp_path, name, value)
+    assert ranked(tmp_path) == [
         ["| strong", "35.0", "10.0", "60.0"],
         ["| weak", "25.0", "20.0", "30.0"],
         ["| half", "-", "90.0", "not run"],
+        ["| torn", "-", "80.0", "failed"],
     ]
+    counted = "4 settings, 7 runs, 6 of them finished, seed 10. Settings by recipe: er 1, modx 3."
+    assert counted in (tmp_path / "search.md").read_text()
+
+
+def test_search_gives_no_score_to_an_entry_that_a_seed_lacks(tmp_path):
+    for name, value, seed in (("a/weak", 0.2, 10), ("a/weak", 0.4, 11), ("a/lucky", 0.9, 10), ("a/lucky", None, 11)):
+        write_trial(tmp_path, name, value, seed)
+    assert [row[:2] for row in ranked(tmp_path)] == [["| weak", "30.0"], ["| lucky", "-"]]
+
+
+def test_settings_are_not_chosen_on_the_tests(tmp_path):
+    write_trial(tmp_path, "a/weak", 0.2, flags=())
+    with pytest.raises(SystemExit, match="weak-seed10 was measured on the tests"):
+        choose.main(tmp_path)
 
 
 def test_a_model_that_finds_nothing_is_named():

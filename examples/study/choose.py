@@ -4,8 +4,8 @@
     python examples/study/choose.py runs/study-tune
 
 The score of an entry is its mean reciprocal rank over the validation tests after the last phase, mean over the
-streams. Settings are chosen by it alone, for every recipe alike. Entries that some stream lacks have no score. Writes
-`search.md` into the folder.
+streams. Settings are chosen by it alone, for every recipe alike. Entries that have not finished every stream and seed
+of the search have no score. Writes `search.md` into the folder.
 """
 
 import statistics
@@ -24,53 +24,79 @@ NOT_A_TRIAL = "frozen"  # trains the bases
 
 
 def main(folder: Path) -> None:
-    cells = [cell for cell in tables.read_cells(folder) if cell.results is not None and cell.recipe != NOT_A_TRIAL]
-    if not cells:
+    cells = [cell for cell in tables.read_cells(folder) if cell.recipe != NOT_A_TRIAL]
+    if all(cell.results is None for cell in cells):
         raise SystemExit(f"There is no finished run in {folder}: run the search first.")
+    for cell in cells:
+        if "--demo_validation" not in flags_of(cell):
+            raise SystemExit(f"{cell.folder} was measured on the tests: settings are chosen with run.py --tune.")
     text = "\n\n".join([counted(cells), ranking(cells)]) + "\n"
     write_text(folder / "search.md", text)
     print(text)
 
 
+def flags_of(cell: tables.Cell) -> list[str]:
+    return read_json(cell.folder / tables.STUDY)["flags"]
+
+
 def counted(cells: list[tables.Cell]) -> str:
-    """How many settings of each recipe were tried."""
+    """How many settings of each recipe were tried, those that failed among them."""
     recipes = Counter({cell.recipe: recipe_of(cell) for cell in cells}.values())
     trials = ", ".join(f"{recipe} {number}" for recipe, number in sorted(recipes.items()))
     seeds = ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))
-    return f"{recipes.total()} settings, {len(cells)} runs, seed {seeds}. Settings by recipe: {trials}."
+    finished = sum(cell.results is not None for cell in cells)
+    runs = f"{len(cells)} runs" + (f", {finished} of them finished" if finished < len(cells) else "")
+    return f"{recipes.total()} settings, {runs}, seed {seeds}. Settings by recipe: {trials}."
 
 
 def recipe_of(cell: tables.Cell) -> str:
-    flags = read_json(cell.folder / tables.STUDY)["flags"]
+    flags = flags_of(cell)
     return flags[flags.index("--recipe") + 1]
 
 
 def ranking(cells: list[tables.Cell]) -> str:
     """Entries from the best score to the worst; those without one come last."""
     streams = sorted({cell.stream for cell in cells})
-    by_entry: dict[str, dict[str, dict[str, float]]] = {}
-    for stream in streams:
-        found = tables.summary([cell for cell in cells if cell.stream == stream])
-        for name, by_metric in found.items():
-            of_entry = {measure: by_metric[METRIC][measure]["mean"] for measure in ("last", *BESIDE)}
-            by_entry.setdefault(name, {})[stream] = of_entry
-    score = {name: mean(found, "last") if len(found) == len(streams) else -1.0 for name, found in by_entry.items()}
+    by_entry: dict[str, list[tables.Cell]] = {}
+    for cell in cells:
+        by_entry.setdefault(cell.recipe, []).append(cell)
+    found = {name: [means(own, stream) for stream in streams] for name, own in by_entry.items()}
+    runs = {name: sum(cell.results is not None for cell in own) for name, own in by_entry.items()}
+    all_runs = len({(cell.stream, cell.seed) for cell in cells})
+    score = {name: mean(found[name], "last") if runs[name] == all_runs else -1.0 for name in by_entry}
     header = ["entry", "score", *(f"{stream}: last" for stream in streams), *BESIDE]
-    rows = [row(name, by_entry[name], score[name], streams) for name in sorted(score, key=score.get, reverse=True)]
+    rows = []
+    for name in sorted(score, key=score.get, reverse=True):
+        last = [
+            percent(of_stream["last"]) if of_stream else why_missing(by_entry[name], stream)
+            for stream, of_stream in zip(streams, found[name], strict=True)
+        ]
+        scored = score[name] >= 0
+        beside = [percent(mean(found[name], measure)) if scored else "" for measure in BESIDE]
+        rows.append([escaped(name), percent(score[name]) if scored else "", *last, *beside])
     return "Mean reciprocal rank in percent; plasticity and forgetting: mean over the streams.\n\n" + table(
         header, rows
     )
 
 
-def row(name: str, found: dict[str, dict[str, float]], score: float, streams: list[str]) -> list[str]:
-    complete = score >= 0
-    last = [f"{100 * found[stream]['last']:.1f}" if stream in found else "not run" for stream in streams]
-    beside = [f"{100 * mean(found, measure):.1f}" if complete else "" for measure in BESIDE]
-    return [escaped(name), f"{100 * score:.1f}" if complete else "", *last, *beside]
+def means(own: list[tables.Cell], stream: str) -> dict[str, float]:
+    """Of an entry's finished runs on a stream, over their seeds; empty where there is none."""
+    for by_metric in tables.summary([cell for cell in own if cell.stream == stream]).values():
+        return {measure: by_metric[METRIC][measure]["mean"] for measure in ("last", *BESIDE)}
+    return {}
 
 
-def mean(found: dict[str, dict[str, float]], measure: str) -> float:
-    return statistics.mean(of_stream[measure] for of_stream in found.values())
+def why_missing(own: list[tables.Cell], stream: str) -> str:
+    states = [cell.state.partition(":")[0] for cell in own if cell.stream == stream]
+    return states[0] if states else "not run"
+
+
+def mean(found: list[dict[str, float]], measure: str) -> float:
+    return statistics.mean(of_stream[measure] for of_stream in found)
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":

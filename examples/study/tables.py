@@ -240,6 +240,7 @@ def costs(cell: Cell) -> dict[str, str]:
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
     live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
+    which = " of replayed" if options.get("ModX", {}).get("replayed_only") else ""
     extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),
@@ -247,7 +248,7 @@ def costs(cell: Cell) -> dict[str, str]:
         "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
         "stored pairs": f"{stored:,}",
         "extra data and passes": ", ".join(extra) or "none",
-        "rows distilled": f"{100 * mean(kept):.0f} %" if kept else "not counted",
+        "rows distilled": f"{100 * mean(kept):.0f} %{which}" if kept else "not counted",
     }
 
 
@@ -288,7 +289,7 @@ def chapter(cells: Sequence[Cell]) -> str:
     if recipes:
         some = next(iter(next(iter(recipes.values())).values()))
         lines += [
-            f"{setting(some)} Device: {devices(recipes)}.",
+            f"{setting(some)}{other_settings(recipes)} Device: {devices(recipes)}.",
             "",
             *overview(found, recipes),
             "",
@@ -324,6 +325,21 @@ def setting(cell: Cell) -> str:
         f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
         f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps."
     )
+
+
+def other_settings(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
+    """A sentence on the recipes whose hyper-parameters are not those of the first one."""
+    known = {
+        name: read_json(next(iter(runs.values())).folder / "run.json")["identity"]["hyperparameters"]
+        for name, runs in recipes.items()
+    }
+    first = next(iter(known.values()))
+    compared = [name for name in first if name not in ("seed", "data_seed")]
+    found = []
+    for recipe, own in known.items():
+        other = [f"{name} {own.get(name)}" for name in compared if own.get(name) != first[name]]
+        found += [f"{recipe} ({', '.join(other)})"] if other else []
+    return f" With other settings: {', '.join(found)}." if found else ""
 
 
 def devices(recipes: Mapping[str, Mapping[int, Cell]]) -> str:

@@ -42,11 +42,11 @@ class ModX(LossCallback):
         reduction: "sum" (the authors' code) or "mean" over the rows of the global batch.
         contrastive: also bring the model's own contrastive loss: InfoNCE, or the sigmoid loss of a model made for it,
             which takes a pass of its own over the similarity matrix. False beside another owner of the term.
-        screen: False distils every row, also those that the old model has wrong: the recipe "kl". Two passes over the
-            similarity matrix instead of one. "correct": a row that the old model and the one in training both have
-            wrong is held to the pairs themselves, our reconstruction of DKR (see `affinity_distillation`). At a
-            `distill_scale` of 1 such a row pulls a hundred times as hard as a kept one, with `reduction="sum"` also
-            harder than the contrastive term: choose a smaller alpha, or "mean" and a scale near the logit scale.
+        screen: False distils every row, also those that the old model has wrong: the recipe "kl". "correct": a row
+            that the old model and the one in training both have wrong is held to the pairs themselves, our
+            reconstruction of DKR (see `affinity_distillation`). At a `distill_scale` of 1 such a row pulls a hundred
+            times as hard as a kept one, with `reduction="sum"` also harder than the contrastive term: choose a smaller
+            alpha, or "mean" and a scale near the logit scale.
         chunk_size: rows of the similarity matrices held at once; None chooses.
         reference_batch_size: the global batch size that alpha is meant for; None: whatever the batch is.
         alpha_start: what "auto" begins with, > 0. Default: 20.
@@ -103,10 +103,14 @@ class ModX(LossCallback):
         self.distill_scale = distill_scale
         self.reduction = reduction
         self.screen = screen
-        self.replayed_only = self.needs_replay = replayed_only
+        self.replayed_only = replayed_only
         self.chunk_size = chunk_size
         self._budget: RetentionBudget | None = None
         self._start_counting()
+
+    @property
+    def needs_replay(self) -> bool:
+        return self.replayed_only
 
     @property
     def current_alpha(self) -> float:
@@ -122,18 +126,22 @@ class ModX(LossCallback):
         self, student: PairEmbeddings, teacher: PairEmbeddings | None, context: LossContext
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
-        rows = {**context.relations, "chunk_size": self.chunk_size}
+        relations = {**context.relations, "chunk_size": self.chunk_size}
         alpha = self.current_alpha
-        distillation = {"distill_scale": self.distill_scale, "reduction": self.reduction}
-        if self.owns_contrastive and self.screen and student.logit_bias is None and not self.replayed_only:
-            result = modx_loss(*embeds, student.logit_scale, alpha=alpha, screen=self.screen, **distillation, **rows)
+        distillation = {
+            "distill_scale": self.distill_scale,
+            "reduction": self.reduction,
+            "screen": self.screen,
+            "rows": context.is_replay if self.replayed_only else None,
+        }
+        if self.owns_contrastive and student.logit_bias is None:
+            result = modx_loss(*embeds, student.logit_scale, alpha=alpha, **distillation, **relations)
             terms, divergence = {"contrastive": result.contrastive}, result.distillation
         else:
-            distilled = context.is_replay if self.replayed_only else None
-            result = affinity_distillation(*embeds, screen=self.screen, rows=distilled, **distillation, **rows)
+            result = affinity_distillation(*embeds, **distillation, **relations)
             terms, divergence = {}, result.loss
             if self.owns_contrastive:
-                terms["contrastive"] = contrastive_loss(student, **rows)
+                terms["contrastive"] = contrastive_loss(student, **relations)
         if self.reference_batch_size is not None:
             alpha = alpha * self._reference_rows(teacher, context, result) / len(student.image)
         terms["modx_distillation"] = alpha * divergence

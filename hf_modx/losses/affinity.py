@@ -178,16 +178,14 @@ class _AffinityLosses(torch.autograd.Function):
         if sharp is not None:
             sums[0] = sharp.cross_entropy(rows)
         if distills:
-            usable = usable if settings.distilled is None else usable & settings.distilled
-            right = old.own_is_highest()
-            kept = usable & right if settings.screen else usable
-            corrected = usable & ~right & ~soft.own_is_highest() if settings.corrects else torch.zeros_like(kept)
+            kept, corrected = _kept_and_corrected(old, soft, usable, settings)
             sums[1] = _divergence(old, soft, kept, rows)
             if settings.corrects:
                 sums[1] += soft.divergence_from_targets(corrected, rows)
             sums[2:4], sums[4:] = kept[:, rows].sum(dim=1), corrected[:, rows].sum(dim=1)
-            soft.keep(kept | corrected, corrected)
-            old.keep(kept)
+            soft.keep_probabilities(kept | corrected)
+            soft.keep_targets(corrected)
+            old.keep_probabilities(kept)
         if settings.shard is not None:
             sums = settings.shard.gather(sums).sum(dim=0)
         ctx.save_for_backward(images, texts, old_images, old_texts)
@@ -309,7 +307,7 @@ class _Softmax(_Screen):
     Attributes:
         targets: (2, N) the mean cosine of every row and of every column with its positives, as `add_targets` was told.
         positives: (N,) their number.
-        shares: (2, N) of one positive in the target of every row and of every column; zero where there is none.
+        shares: (2, N) of one positive in the target of every row and of every column; zero where none is kept.
         shifts, sums: (2, N) for rows and for columns. A process has its shard of the rows, and at the end all columns.
         differences: (2, N) expectations of the difference that the blocks came with.
     """
@@ -409,11 +407,13 @@ class _Softmax(_Screen):
     def _cross_entropies(self) -> Tensor:
         return self.log_sums - self.factor * self.targets
 
-    def keep(self, kept: Tensor, with_target: Tensor | None = None) -> None:
-        """Let the probabilities of all other rows and columns be zero, and the targets of all but some; (2, N)."""
+    def keep_probabilities(self, kept: Tensor) -> None:
+        """Let those of all other rows and columns be zero; (2, N) bool."""
         self.weights = self.weights.where(kept, 0)
-        if with_target is not None:
-            self.shares = self.shares.where(with_target, 0)
+
+    def keep_targets(self, kept: Tensor) -> None:
+        """Let those of all other rows and columns be zero; (2, N) bool."""
+        self.shares = self.shares.where(kept, 0)
 
     def add_probabilities(self, total: Tensor, weight: Tensor, place: slice, block: Tensor, spare: Tensor) -> None:
         """Add the weighted softmax over rows and the weighted softmax over columns, as far as they are kept."""
@@ -427,6 +427,17 @@ class _Softmax(_Screen):
         if not self.shares_powers:
             powers = self._powers(block[:, :number], self.shifts[1], spare)
         total[:, :number].addcmul_(powers[:, :number], column_weights)
+
+
+def _kept_and_corrected(old: _Softmax, new: _Softmax, usable: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """(2, N) bool each: of the usable rows and columns those that follow the old model, and those that follow the
+    pairs, as both models get them wrong."""
+    if settings.distilled is not None:
+        usable = usable & settings.distilled
+    right = old.own_is_highest()
+    kept = usable & right if settings.screen else usable
+    corrected = usable & ~right & ~new.own_is_highest() if settings.corrects else torch.zeros_like(usable)
+    return kept, corrected
 
 
 def _divergence(old: _Softmax, new: _Softmax, kept: Tensor, rows: slice) -> Tensor:

@@ -86,10 +86,8 @@ def affinity_distillation(
             positive.
     """
     check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
-    check_screening(screen)
+    check_rows(screen, rows, len(image_embeds))
     check_pairs(image_embeds, text_embeds, pair_ids)
-    if rows is not None and (rows.shape != image_embeds.shape[:1] or rows.dtype != torch.bool):
-        raise ValueError(f"rows must be {len(image_embeds)} booleans, got {rows.dtype} of shape {tuple(rows.shape)}.")
     texts = with_extra(text_embeds, extra_text_embeds)
     teacher_texts = with_extra(teacher_text_embeds, teacher_extra_text_embeds)
     if len(texts) != len(teacher_texts):
@@ -118,6 +116,13 @@ def check_screening(screen: bool | str) -> None:
     """Raise a ValueError unless it is one of the three ways to choose rows."""
     if screen not in (True, False, CORRECT):
         raise ValueError(f'screen must be true, false or "{CORRECT}", got {screen!r}.')
+
+
+def check_rows(screen: bool | str, rows: Tensor | None, number: int) -> None:
+    """Raise a ValueError unless both say which of so many rows are distilled."""
+    check_screening(screen)
+    if rows is not None and (rows.shape != (number,) or rows.dtype != torch.bool):
+        raise ValueError(f"rows must be {number} booleans, got {rows.dtype} of shape {tuple(rows.shape)}.")
 
 
 def check_distillation(

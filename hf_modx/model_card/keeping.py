@@ -56,9 +56,10 @@ def _mean(scores: Mapping[str, float]) -> float:
 
 
 def kept_rows_notes(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) -> list[str]:
-    """Sentences on the phases in which Mod-X had nearly nothing to keep, or kept nearly everything."""
-    screen = identity["recipe_args"].get("ModX", {}).get("screen", False)
-    if number == 0 or not screen:
+    """Sentences on the phases in which Mod-X had nearly nothing to keep, or kept nearly everything, of new pairs."""
+    options = identity["recipe_args"].get("ModX", {})
+    screen = options.get("screen", False)
+    if number == 0 or not screen or options.get("replayed_only", False):
         return []
     few, many = [], []
     for k, record in enumerate(results["training"][:number], start=1):

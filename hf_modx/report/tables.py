@@ -145,7 +145,7 @@ def _kept_rows(groups: Groups) -> list[str]:
                 phase: spread(record[k]["image_rows_kept"]["mean"] for record in records)
                 for k, phase in enumerate(phases)
             }
-            notes.append(f"Image rows that the old model has right ({name}), percent: {_listed(kept)}.")
+            notes.append(f"Image rows distilled ({name}), percent: {_listed(kept)}.")
     return notes
 
 

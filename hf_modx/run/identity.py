@@ -50,6 +50,7 @@ HYPERPARAMETERS = [
     "teacher",
 ]
 UNSAID = {"teacher": "previous"}  # what held in runs whose run.json does not say
+UNSAID_OPTIONS = {"replayed_only": False}  # options that run.json says only where they have other values
 PAIRS = ["same_pair_id", "pairs_in_batch"]
 STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
@@ -204,7 +205,10 @@ def _options(callback: LossCallback) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(vars(callback).items())
-        if not name.startswith("_") and name != "chunk_size" and isinstance(value, bool | int | float | str)
+        if not name.startswith("_")
+        and name != "chunk_size"
+        and isinstance(value, bool | int | float | str)
+        and UNSAID_OPTIONS.get(name) != value
     }
 
 
