@@ -124,4 +124,4 @@ PAPERS = {
   year = {2024}
 }""",
 }
-"""By type of the model, value of `peft` and class of the loss callbacks; DKR is `ModX(screen="correct")`."""
+"""By type of the model, value of `peft` and class of the loss callbacks; DKR is `ModX(screen="rectify")`."""

@@ -176,18 +176,18 @@ def test_unscreened_modx_has_the_terms_of_its_parts():
     torch.testing.assert_close(whole["contrastive"], expected, rtol=0, atol=1e-12)
 
 
-def test_correcting_modx_tells_how_much_it_corrects():
+def test_rectifying_modx_tells_how_much_it_rectifies():
     """With and without its own contrastive term, the term is that of the loss; plain Mod-X says nothing of it."""
     student, _ = random_pairs(7, 5, seed=1, log_scale=2.0)
     teacher, _ = random_pairs(7, 5, seed=3, log_scale=2.0)
-    found = affinity_distillation(student.image, student.text, teacher.image, teacher.text, screen="correct")
+    found = affinity_distillation(student.image, student.text, teacher.image, teacher.text, screen="rectify")
     for contrastive in (True, False):
         context = context_of(7)
-        callback = ModX(alpha=2.0, screen="correct", contrastive=contrastive)
+        callback = ModX(alpha=2.0, screen="rectify", contrastive=contrastive)
         term = callback.loss_terms(student, teacher, context)["modx_distillation"]
         torch.testing.assert_close(term, 2 * found.loss, rtol=0, atol=1e-12)
-        assert context.metrics["text_rows_corrected"] == found.text_rows_corrected > 0
-        assert context.metrics["image_rows_corrected"] == found.image_rows_corrected > 0
+        assert context.metrics["text_rows_rectified"] == found.text_rows_rectified > 0
+        assert context.metrics["image_rows_rectified"] == found.image_rows_rectified > 0
     context = context_of(7)
     ModX().loss_terms(student, teacher, context)
     assert set(context.metrics) == {"image_rows_kept", "text_rows_kept"}
@@ -341,7 +341,7 @@ def test_fisher_matrix_is_taken_at_the_weights_that_the_phase_leaves(make_args, 
         (lambda: WeightEnsemble(0), "at least 1"),
         (lambda: LwF(weight=-1), "weight"),
         (lambda: ModX(screen="kept"), "screen must be"),
-        (lambda: ModX(screen="correct", reference_batch_size=8), "reference_batch_size counts the rows"),
+        (lambda: ModX(screen="rectify", reference_batch_size=8), "reference_batch_size counts the rows"),
         (lambda: LwF(temperature=0), "temperature"),
     ],
 )

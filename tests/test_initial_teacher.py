@@ -22,7 +22,7 @@ class Look(ModX):
     """Keeps what the teacher says to the first batch of each phase."""
 
     def __init__(self):
-        super().__init__(screen="correct")
+        super().__init__(screen="rectify")
         self.looks = []
 
     def loss_terms(self, student, teacher, context):
@@ -102,11 +102,11 @@ def test_initial_model_that_is_gone_is_asked_for_by_name(finished, processor, tm
         run_of(tmp_path / "out", processor, phases=3, teacher="initial").run()
 
 
-def test_kept_and_corrected_rows_of_each_phase_are_in_the_results(finished):
+def test_kept_and_rectified_rows_of_each_phase_are_in_the_results(finished):
     for record in results(finished["initial"][0])["training"]:
         for side in ("image", "text"):
-            kept, corrected = (record[f"{side}_rows_{kind}"]["mean"] for kind in ("kept", "corrected"))
-            assert min(kept, corrected) > 0 and kept + corrected <= 1
+            kept, rectified = (record[f"{side}_rows_{kind}"]["mean"] for kind in ("kept", "rectified"))
+            assert min(kept, rectified) > 0 and kept + rectified <= 1
 
 
 def test_run_that_does_not_say_which_has_the_previous_teacher(finished):

@@ -85,10 +85,10 @@ def reference_distillation(images, texts, old_images, old_texts, distill_scale=1
 
 def reference_rectification(batch, distill_scale=1.0, ids=None, shared=False):
     """Of a row the old affinity where the old model is right, nothing where only the new one is, else the pairs."""
-    directions, counts = [], {"kept": [], "corrected": []}
+    directions, counts = [], {"kept": [], "rectified": []}
     new_matrix, old_matrix = batch.images @ batch.texts.T, batch.old_images @ batch.old_texts.T
     for new, old in ((new_matrix, old_matrix), (new_matrix.T, old_matrix.T)):
-        total, kept, corrected = 0.0, 0, 0
+        total, kept, rectified = 0.0, 0, 0
         for row in range(len(new)):
             columns = list(range(len(new))) if shared else candidates(row, len(new), ids)
             partners = [column for column in columns if shared and ids[column] == ids[row]] or [row]
@@ -100,10 +100,10 @@ def reference_rectification(batch, distill_scale=1.0, ids=None, shared=False):
                 total, kept = total + (old_probs * (old_probs.log() - log_probs)).sum(), kept + 1
             elif new_row.argmax().item() not in own:
                 target = torch.full((len(own),), 1 / len(own), dtype=log_probs.dtype)
-                total, corrected = total + (target * (target.log() - log_probs[own])).sum(), corrected + 1
+                total, rectified = total + (target * (target.log() - log_probs[own])).sum(), rectified + 1
         directions.append(total)
         counts["kept"].append(kept / len(new))
-        counts["corrected"].append(corrected / len(new))
+        counts["rectified"].append(rectified / len(new))
     return sum(directions) / 2, counts
 
 
@@ -332,21 +332,21 @@ def test_new_embedding_that_is_not_finite_shows_even_where_nothing_is_kept():
     assert not torch.isfinite(affinity_distillation(images, unit(2, DIM, 1), old_images, old_texts).loss)
 
 
-# --- correcting what both models get wrong ---------------------------------------------------------------------------
+# --- rectifying what both models get wrong ---------------------------------------------------------------------------
 
 DIFFERENT, NEUTRAL, SHARED = (None, False), ([4, 7, 4, 1, 9, 7, 4, 2, 3], False), ([4, 7, 4, 1, 9, 7, 4, 2, 3], True)
 
 
 @pytest.mark.parametrize("distill_scale", [1.0, 60.0])
 @pytest.mark.parametrize("relations", [DIFFERENT, NEUTRAL, SHARED], ids=["different", "neutral", "positives"])
-def test_correcting_treats_each_row_by_who_gets_it_right(relations, distill_scale):
+def test_rectifying_treats_each_row_by_who_gets_it_right(relations, distill_scale):
     """Alone and beside InfoNCE, in blocks and in one."""
     ids, shared = relations
     batch = Batch(seed=3)
     expected, counts = reference_rectification(batch, distill_scale, ids, shared)
-    for kept, corrected in zip(*counts.values(), strict=True):
-        assert min(kept, corrected, 1 - kept - corrected) > 1e-6, "the batch must hold rows of all kinds"
-    options = {"screen": "correct", "distill_scale": distill_scale, "positives": shared}
+    for kept, rectified in zip(*counts.values(), strict=True):
+        assert min(kept, rectified, 1 - kept - rectified) > 1e-6, "the batch must hold rows of all kinds"
+    options = {"screen": "rectify", "distill_scale": distill_scale, "positives": shared}
     options["pair_ids"] = None if ids is None else torch.tensor(ids)
     for chunk_size in (None, 2):
         found, modx = (make(chunk_size=chunk_size, **options) for make in (batch.distillation, batch.modx))
@@ -358,26 +358,26 @@ def test_correcting_treats_each_row_by_who_gets_it_right(relations, distill_scal
                 assert sides == pytest.approx(fractions)
 
 
-def test_correcting_is_screening_and_a_part_of_its_own_that_rows_share():
+def test_rectifying_is_screening_and_a_part_of_its_own_that_rows_share():
     batch, rows = Batch(), torch.arange(N) % 3 == 0
-    whole, screened = batch.distillation(screen="correct"), batch.distillation()
+    whole, screened = batch.distillation(screen="rectify"), batch.distillation()
     assert whole.loss > screened.loss and whole.image_rows_kept == screened.image_rows_kept
-    parts = [batch.distillation(rows=which, screen="correct").loss for which in (rows, ~rows)]
+    parts = [batch.distillation(rows=which, screen="rectify").loss for which in (rows, ~rows)]
     torch.testing.assert_close(sum(parts), whole.loss, **EXACT)
 
 
-def test_row_of_which_the_old_model_says_nothing_is_not_corrected():
+def test_row_of_which_the_old_model_says_nothing_is_not_rectified():
     batch = Batch()
     batch.old_texts[0] = float("nan")
-    found = batch.distillation(screen="correct")
-    assert found.image_rows_kept == found.image_rows_corrected == 0 and found.text_rows_corrected > 0
+    found = batch.distillation(screen="rectify")
+    assert found.image_rows_kept == found.image_rows_rectified == 0 and found.text_rows_rectified > 0
     assert all(torch.isfinite(gradient).all() for gradient in batch.gradients(found.loss))
 
 
 @pytest.mark.parametrize("make", [Batch.distillation, Batch.modx])
 def test_unknown_screening_is_refused(make):
-    with pytest.raises(ValueError, match="screen must be true, false or \"correct\", got 'corect'"):
-        make(Batch(), screen="corect")
+    with pytest.raises(ValueError, match="screen must be true, false or \"rectify\", got 'rectfy'"):
+        make(Batch(), screen="rectfy")
 
 
 # --- Mod-X -----------------------------------------------------------------------------------------------------------
@@ -568,14 +568,14 @@ def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("screen", [True, False, "correct"])
+@pytest.mark.parametrize("screen", [True, False, "rectify"])
 def test_modx_distils_the_rows_that_the_distillation_alone_does(screen, reduction):
     batch, options = Batch(), {"rows": torch.arange(N) % 3 == 0, "screen": screen, "reduction": reduction}
     whole, part = batch.modx(**options), batch.distillation(**options)
     torch.testing.assert_close(whole.contrastive, batch.modx().contrastive, **EXACT)
     torch.testing.assert_close(whole.distillation, part.loss, **EXACT)
     assert_same_gradients(batch, whole.distillation, part.loss)
-    for name in ("image_rows_kept", "text_rows_kept", "image_rows_corrected", "text_rows_corrected"):
+    for name in ("image_rows_kept", "text_rows_kept", "image_rows_rectified", "text_rows_rectified"):
         assert getattr(whole, name) == getattr(part, name)
 
 
@@ -711,10 +711,10 @@ class Exchange:
     [
         {"pair_ids": IDS},
         {"pair_ids": BOTH_IDS, "positives": True},
-        {"screen": "correct", "rows": torch.arange(N) % 3 > 0},
-        {"screen": "correct", "pair_ids": BOTH_IDS, "positives": True},
+        {"screen": "rectify", "rows": torch.arange(N) % 3 > 0},
+        {"screen": "rectify", "pair_ids": BOTH_IDS, "positives": True},
     ],
-    ids=["one", "two", "correcting some", "correcting two"],
+    ids=["one", "two", "rectifying some", "rectifying two"],
 )
 def test_shards_sum_to_the_whole(rows, bounds, scale):
     batch = Batch()

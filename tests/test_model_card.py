@@ -169,9 +169,9 @@ def test_summary_of_the_last_card_is_that_of_the_run(finished):
     assert f"| backward transfer | {100 * summary['backward_transfer']:.1f} |" in card
 
 
-def test_card_of_mod_x_that_corrects_cites_dkr_too(finished):
+def test_card_of_mod_x_that_rectifies_cites_dkr_too(finished):
     _, identity, results = finished()
-    identity["recipe_args"]["ModX"]["screen"] = "correct"
+    identity["recipe_args"]["ModX"]["screen"] = "rectify"
     card = phase_card(identity, results, 2)
     assert re.findall(r"@\w+{(\w+)", card) == ["radford2021clip", "ni2023modx", "cui2024dkr"]
 

@@ -535,5 +535,5 @@ def test_card_tells_of_phases_with_few_or_nearly_all_rows_kept(kept, said):
     assert kept_rows_notes({"recipe_args": {"ModX": {"screen": False}}}, {"training": training}, 1) == []
     of_memory = {"recipe_args": {"ModX": {"screen": True, "replayed_only": True}}}
     assert kept_rows_notes(of_memory, {"training": training}, 1) == []
-    correcting = kept_rows_notes({"recipe_args": {"ModX": {"screen": "correct"}}}, {"training": training}, 1)
-    assert correcting == [note for note in notes if "more than" in note]
+    rectifying = kept_rows_notes({"recipe_args": {"ModX": {"screen": "rectify"}}}, {"training": training}, 1)
+    assert rectifying == [note for note in notes if "more than" in note]

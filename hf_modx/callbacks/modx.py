@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..embeddings import PairEmbeddings
 from ..losses import AffinityDistillation, ModXLoss, affinity_distillation, modx_loss
-from ..losses.affinity import CORRECT, repeated, rows_ranked_first
+from ..losses.affinity import RECTIFY, repeated, rows_ranked_first
 from ..losses.contrastive import full_precision, upcast
 from ..losses.distillation import check_screening
 from .base import LossCallback, LossContext, PhaseBoundary
@@ -42,7 +42,7 @@ class ModX(LossCallback):
         reduction: "sum" (the authors' code) or "mean" over the rows of the global batch.
         contrastive: also bring the model's own contrastive loss: InfoNCE, or the sigmoid loss of a model made for it,
             which takes a pass of its own over the similarity matrix. False beside another owner of the term.
-        screen: False distils every row, also those that the old model has wrong: the recipe "kl". "correct": a row
+        screen: False distils every row, also those that the old model has wrong: the recipe "kl". "rectify": a row
             that the old model and the one in training both have wrong is held to the pairs themselves, our
             reconstruction of DKR (see `affinity_distillation`). At a `distill_scale` of 1 such a row pulls a hundred
             times as hard as a kept one, with `reduction="sum"` also harder than the contrastive term: choose a smaller
@@ -54,9 +54,9 @@ class ModX(LossCallback):
             are then of replayed rows, "mean" is over them, and there is no warning. A part of the recipe must replay.
 
     Logs `contrastive`, `modx_distillation` (weighted), the fractions `image_rows_kept` and `text_rows_kept` of rows
-    that the old model has right, `image_rows_corrected` and `text_rows_corrected` with "correct" and, where it is not
+    that the old model has right, `image_rows_rectified` and `text_rows_rectified` with "rectify" and, where it is not
     always `alpha`, the weight `modx_alpha`. Warns once a phase when fewer than 5 % of the rows are kept and no others
-    corrected, or with screening more than 95 %.
+    rectified, or with screening more than 95 %.
     """
 
     needs_teacher = True
@@ -86,9 +86,9 @@ class ModX(LossCallback):
         if reference_batch_size is not None and reduction == "mean":
             raise ValueError('reduction="mean" and reference_batch_size both undo the batch size: leave one out.')
         check_screening(screen)
-        if reference_batch_size is not None and screen == CORRECT:
+        if reference_batch_size is not None and screen == RECTIFY:
             raise ValueError(
-                'reference_batch_size counts the rows that are kept, and screen="correct" has others that pull too: '
+                'reference_batch_size counts the rows that are kept, and screen="rectify" has others that pull too: '
                 "leave one out."
             )
         if reference_batch_size is not None and replayed_only:
@@ -149,9 +149,9 @@ class ModX(LossCallback):
             context.report("modx_alpha", torch.as_tensor(alpha, dtype=divergence.dtype, device=divergence.device))
         context.report("image_rows_kept", result.image_rows_kept)
         context.report("text_rows_kept", result.text_rows_kept)
-        if self.screen == CORRECT:
-            context.report("image_rows_corrected", result.image_rows_corrected)
-            context.report("text_rows_corrected", result.text_rows_corrected)
+        if self.screen == RECTIFY:
+            context.report("image_rows_rectified", result.image_rows_rectified)
+            context.report("text_rows_rectified", result.text_rows_rectified)
         self._kept = self._kept + (result.image_rows_kept + result.text_rows_kept).detach() / 2
         self._batches += 1
         return terms
@@ -189,7 +189,7 @@ class ModX(LossCallback):
         if self._warned or self._batches == 0 or self.replayed_only:
             return
         kept = float(self._kept) / self._batches
-        if kept < FEW_ROWS and self.screen != CORRECT:
+        if kept < FEW_ROWS and self.screen != RECTIFY:
             self._warned = True
             logger.warning(
                 "The old model ranks only %.1f %% of the new pairs first, and Mod-X distils only those: it has little "

@@ -15,7 +15,7 @@ from torch import Tensor
 # Stands for "this column is not a candidate". Finite, so that a masked column times a probability of zero is zero
 # and not NaN; far below any logit, so that its probability underflows to exactly zero.
 NOT_A_CANDIDATE = -1e30
-CORRECT = "correct"  # a value of `screen`
+RECTIFY = "rectify"  # a value of `screen`
 # In units of the last place. Equal vectors multiplied in blocks of another shape differ by so much: without it a tie
 # would be kept or not with the chunk size.
 ROUNDING = 8
@@ -53,17 +53,17 @@ class AffinityLosses(NamedTuple):
     Attributes:
         contrastive: the mean over both directions of the cross-entropies' mean over rows.
         distillation: the mean over both directions of KL(old || new) summed over the kept rows, and of
-            KL(pairs || new) summed over the corrected ones.
+            KL(pairs || new) summed over the rectified ones.
         image_rows_kept, text_rows_kept: number of rows that the distillation kept.
-        image_rows_corrected, text_rows_corrected: number of rows held to the pairs themselves.
+        image_rows_rectified, text_rows_rectified: number of rows held to the pairs themselves.
     """
 
     contrastive: Tensor
     distillation: Tensor
     image_rows_kept: Tensor
     text_rows_kept: Tensor
-    image_rows_corrected: Tensor
-    text_rows_corrected: Tensor
+    image_rows_rectified: Tensor
+    text_rows_rectified: Tensor
 
 
 def affinity_losses(
@@ -90,9 +90,9 @@ def affinity_losses(
         scale: factor on the cosines in InfoNCE; takes gradient. None: no contrastive term (a zero).
         old_images, old_texts: (N, D') and (C, D') of the old model. None: no distillation (a zero).
         distill_scale: factor on the cosines in the distillation, > 0.
-        screen: keep only rows that the old model gets right. "correct": of the others, correct those that the new
+        screen: keep only rows that the old model gets right. "rectify": of the others, rectify those that the new
             model gets wrong too (see `affinity_distillation`).
-        rows: (N,) bool, the pairs whose rows the distillation may keep or correct; None: all. The others stay
+        rows: (N,) bool, the pairs whose rows the distillation may keep or rectify; None: all. The others stay
             candidates.
         pair_ids: (N,) or (N, K) integers. Two rows that agree in any of the K ids belong together.
         positives: rows that belong together are positives of each other; False: they are no candidates of each other.
@@ -141,8 +141,8 @@ class _Settings:
     shard: Shard | None
 
     @property
-    def corrects(self) -> bool:
-        return self.screen == CORRECT
+    def rectifies(self) -> bool:
+        return self.screen == RECTIFY
 
     def rows(self, number: int) -> slice:
         """The rows of this process."""
@@ -166,7 +166,7 @@ class _AffinityLosses(torch.autograd.Function):
                 sharp.add_targets(place, new_block, positives)
             if distills:
                 old.add_own(place, old_block, positives)
-                if settings.corrects:
+                if settings.rectifies:
                     soft.add_own(place, new_block, positives)
                     soft.add_targets(place, new_block, positives)
                 soft.add(place, new_block, blocks.spare)
@@ -178,13 +178,13 @@ class _AffinityLosses(torch.autograd.Function):
         if sharp is not None:
             sums[0] = sharp.cross_entropy(rows)
         if distills:
-            kept, corrected = _kept_and_corrected(old, soft, usable, settings)
+            kept, rectified = _kept_and_rectified(old, soft, usable, settings)
             sums[1] = _divergence(old, soft, kept, rows)
-            if settings.corrects:
-                sums[1] += soft.divergence_from_targets(corrected, rows)
-            sums[2:4], sums[4:] = kept[:, rows].sum(dim=1), corrected[:, rows].sum(dim=1)
-            soft.keep_probabilities(kept | corrected)
-            soft.keep_targets(corrected)
+            if settings.rectifies:
+                sums[1] += soft.divergence_from_targets(rectified, rows)
+            sums[2:4], sums[4:] = kept[:, rows].sum(dim=1), rectified[:, rows].sum(dim=1)
+            soft.keep_probabilities(kept | rectified)
+            soft.keep_targets(rectified)
             old.keep_probabilities(kept)
         if settings.shard is not None:
             sums = settings.shard.gather(sums).sum(dim=0)
@@ -222,7 +222,7 @@ class _AffinityLosses(torch.autograd.Function):
             if distillation_grad is not None:
                 soft.add_probabilities(gradient, distillation_weight, place, new_block, blocks.spare)
                 old.add_probabilities(gradient, -distillation_weight, place, old_block, blocks.spare)
-                if settings.corrects:
+                if settings.rectifies:
                     soft.subtract_targets(gradient, distillation_weight, place, positives)
             torch.mm(gradient, texts, out=image_grad[place])
             text_grad.addmm_(gradient.T, images[place])
@@ -399,10 +399,10 @@ class _Softmax(_Screen):
         """Sum over the rows and the columns of these pairs, of each the mean over its positives."""
         return self._cross_entropies().sum(dim=0)[rows].sum()
 
-    def divergence_from_targets(self, corrected: Tensor, rows: slice) -> Tensor:
-        """Sum of KL(target || new) over the corrected rows and columns of these pairs, (2, N) bool."""
+    def divergence_from_targets(self, rectified: Tensor, rows: slice) -> Tensor:
+        """Sum of KL(target || new) over the rectified rows and columns of these pairs, (2, N) bool."""
         divergences = self._cross_entropies() - self.positives.double().log()
-        return (divergences * corrected)[:, rows].sum()
+        return (divergences * rectified)[:, rows].sum()
 
     def _cross_entropies(self) -> Tensor:
         return self.log_sums - self.factor * self.targets
@@ -429,15 +429,15 @@ class _Softmax(_Screen):
         total[:, :number].addcmul_(powers[:, :number], column_weights)
 
 
-def _kept_and_corrected(old: _Softmax, new: _Softmax, usable: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
+def _kept_and_rectified(old: _Softmax, new: _Softmax, usable: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
     """(2, N) bool each: of the usable rows and columns those that follow the old model, and those that follow the
     pairs, as both models get them wrong."""
     if settings.distilled is not None:
         usable = usable & settings.distilled
     right = old.own_is_highest()
     kept = usable & right if settings.screen else usable
-    corrected = usable & ~right & ~new.own_is_highest() if settings.corrects else torch.zeros_like(usable)
-    return kept, corrected
+    rectified = usable & ~right & ~new.own_is_highest() if settings.rectifies else torch.zeros_like(usable)
+    return kept, rectified
 
 
 def _divergence(old: _Softmax, new: _Softmax, kept: Tensor, rows: slice) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .affinity import CORRECT, Shard, affinity_losses
+from .affinity import RECTIFY, Shard, affinity_losses
 from .contrastive import check_pairs, full_precision, upcast, with_extra
 
 
@@ -18,14 +18,14 @@ class AffinityDistillation:
         loss: scalar, the mean of the two directions.
         image_rows_kept: scalar in [0, 1], the fraction of image rows that took part; no gradient.
         text_rows_kept: the same for text rows.
-        image_rows_corrected, text_rows_corrected: the same of rows that were held to the pairs; 0 unless asked for.
+        image_rows_rectified, text_rows_rectified: the same of rows that were held to the pairs; 0 unless asked for.
     """
 
     loss: Tensor
     image_rows_kept: Tensor
     text_rows_kept: Tensor
-    image_rows_corrected: Tensor
-    text_rows_corrected: Tensor
+    image_rows_rectified: Tensor
+    text_rows_rectified: Tensor
 
 
 def affinity_distillation(
@@ -57,7 +57,7 @@ def affinity_distillation(
     not finite is not kept. A row that is not kept has value 0 and gradient 0, which equals the paper's replacement of
     the old row by the current one. New embeddings that are not finite make the loss not finite.
 
-    Correcting, `screen="correct"`, is our RECONSTRUCTION of DKR (Cui et al., "Continual Vision-Language Retrieval via
+    Rectifying, `screen="rectify"`, is our RECONSTRUCTION of DKR (Cui et al., "Continual Vision-Language Retrieval via
     Dynamic Knowledge Rectification", AAAI 2024) from what its abstract says; the formula is ours. A row that the old
     model gets right is kept. One that only the new model gets right, found as for the old one, is left alone, as
     above. One that both get wrong has the pairs as its target in the old model's place:
@@ -69,12 +69,12 @@ def affinity_distillation(
             gradient is computed for them. D' may differ from D.
         distill_scale: the factor c on the cosines inside the softmax, > 0.
         reduction: "sum" over rows, or "mean", which divides by N (not by the number of kept rows).
-        screen: False keeps every row; "correct" corrects rows that both models get wrong.
+        screen: False keeps every row; "rectify" rectifies rows that both models get wrong.
         rows: (N,) bool: only these pairs are distilled, in both directions; the others stay candidates. N is then
             their number. None: all.
         pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no wrong answers.
         positives: they are right answers: a row takes part if the old model's most similar candidate is its partner or
-            any of theirs, all stay in both softmaxes, and the target of a corrected row is shared out equally among
+            any of theirs, all stay in both softmaxes, and the target of a rectified row is shared out equally among
             them. False: they are no candidates, in screening and in both softmaxes.
         extra_text_embeds, teacher_extra_text_embeds: (M, D) and (M, D'): further candidates of every image, for
             instance generated texts; they have no row of their own.
@@ -114,8 +114,8 @@ def affinity_distillation(
 
 def check_screening(screen: bool | str) -> None:
     """Raise a ValueError unless it is one of the three ways to choose rows."""
-    if screen not in (True, False, CORRECT):
-        raise ValueError(f'screen must be true, false or "{CORRECT}", got {screen!r}.')
+    if screen not in (True, False, RECTIFY):
+        raise ValueError(f'screen must be true, false or "{RECTIFY}", got {screen!r}.')
 
 
 def check_rows(screen: bool | str, rows: Tensor | None, number: int) -> None:

@@ -20,7 +20,7 @@ class ModXLoss:
         image_rows_kept: scalar in [0, 1], fraction of images for which the old model ranks their own caption, or that
             of a positive, first.
         text_rows_kept: scalar in [0, 1], the same for captions and images.
-        image_rows_corrected, text_rows_corrected: the fractions that were held to the pairs; 0 unless asked for.
+        image_rows_rectified, text_rows_rectified: the fractions that were held to the pairs; 0 unless asked for.
     """
 
     loss: Tensor
@@ -28,8 +28,8 @@ class ModXLoss:
     distillation: Tensor
     image_rows_kept: Tensor
     text_rows_kept: Tensor
-    image_rows_corrected: Tensor
-    text_rows_corrected: Tensor
+    image_rows_rectified: Tensor
+    text_rows_rectified: Tensor
 
 
 def modx_loss(
@@ -61,7 +61,7 @@ def modx_loss(
             paper's batch) equals 5,600 with "mean".
         distill_scale: factor on the cosines inside the distillation softmax, > 0.
         reduction: "sum" or "mean" over the N rows; concerns the distillation only.
-        screen, rows: which rows the distillation keeps and which it corrects, see `affinity_distillation`.
+        screen, rows: which rows the distillation keeps and which it rectifies, see `affinity_distillation`.
         pair_ids: (N,) or (N, K) integers; different rows that agree in an id are no negatives of each other, in both
             terms.
         positives: they are positives of each other, see `info_nce` and `affinity_distillation`. False: their columns
@@ -102,6 +102,6 @@ def modx_loss(
         distillation=distillation,
         image_rows_kept=losses.image_rows_kept / number,
         text_rows_kept=losses.text_rows_kept / number,
-        image_rows_corrected=losses.image_rows_corrected / number,
-        text_rows_corrected=losses.text_rows_corrected / number,
+        image_rows_rectified=losses.image_rows_rectified / number,
+        text_rows_rectified=losses.text_rows_rectified / number,
     )

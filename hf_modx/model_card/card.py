@@ -424,8 +424,8 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 def _papers(config: Mapping[str, Any], recipe_args: Mapping[str, Any], peft: str | None) -> str:
     """Each once: two callbacks may be of one paper."""
-    corrects = recipe_args.get("ModX", {}).get("screen") == "correct"
-    names = [model_type(config), *recipe_args, *(["DKR"] if corrects else []), peft]
+    rectifies = recipe_args.get("ModX", {}).get("screen") == "rectify"
+    names = [model_type(config), *recipe_args, *(["DKR"] if rectifies else []), peft]
     return "\n\n".join(dict.fromkeys(PAPERS[name] for name in names if name in PAPERS))
 
 

@@ -16,12 +16,12 @@ NOT_A_CURVE = ("step", "epoch", "learning_rate", "data_wait")
 
 
 def training_record(trainer: "ModXTrainer") -> dict[str, Any]:
-    """What the log of a phase says in short: how many rows were kept or corrected, the time, and the curves."""
+    """What the log of a phase says in short: how many rows were kept or rectified, the time, and the curves."""
     history = trainer.state.log_history
     record: dict[str, Any] = {"steps": trainer.state.global_step, "pairs": len(trainer.train_dataset)}
     if trainer.memory is not None:
         record["memory_pairs"] = len(trainer.memory)
-    for name in ("image_rows_kept", "text_rows_kept", "image_rows_corrected", "text_rows_corrected"):
+    for name in ("image_rows_kept", "text_rows_kept", "image_rows_rectified", "text_rows_rectified"):
         values = [entry[name] for entry in history if name in entry]
         if values:
             record[name] = {"first": values[0], "mean": sum(values) / len(values), "last": values[-1]}
