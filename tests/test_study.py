@@ -246,17 +246,19 @@ def test_forgetting_removed_is_a_ratio_of_means():
     found = tables.comparisons(recipe, finetune, None)
     assert found["forgetting_removed"] == pytest.approx(0.1 / 0.4)  # of the seeds that both have
     assert found["relative_plasticity"] == pytest.approx(0.7 / 0.81)
+    assert found["relative_forgetting"] == pytest.approx(1.0)
 
 
 def test_means_over_streams_say_of_how_many_forgetting_removed_is():
     def recipe(last, removed, plasticity):
         own = {"last": tables.spread({0: last}), "union": tables.spread({0: last / 2})}
-        return {tables.METRIC: own | {"forgetting_removed": removed, "relative_plasticity": plasticity}}
+        own |= {"forgetting_removed": removed, "relative_plasticity": plasticity, "relative_forgetting": last}
+        return {tables.METRIC: own}
 
     one = {"finetune": recipe(0.1, 0.0, 1.0), "er": recipe(0.2, 0.5, 0.8), "kl": recipe(0.2, 0.5, 0.8)}
     two = {"finetune": recipe(0.3, 0.0, 1.0), "er": recipe(0.5, None, 0.6)}
     lines = tables.all_streams({"domain": one, "class": two})
-    assert "| er | 50 % (1 of 2) | 70 % | 35.0 | 17.5 |" in lines
+    assert "| er | 50 % (1 of 2) | 35 % | 70 % | 35.0 | 17.5 |" in lines
     assert not any("kl" in line for line in lines)
     assert tables.all_streams({"domain": one}) == []
 

@@ -44,7 +44,7 @@ that were never trained on.
 - old, end: mean over the tests of the base and of all phases but the last, after the last phase.
 - last: mean over all tests after the last phase. last - finetune: paired by seed, 95 % interval (Student's t).
 - forgetting: mean over the old tests of their best value before the last phase less that after it. Less finetune's:
-  paired likewise; below zero, the recipe forgets less.
+  paired likewise; below zero, the recipe forgets less. Relative: over fine-tuning's, of means over seeds.
 - forgetting removed: (last - finetune's last) / (finetune's mean right after its phases, base included, - its last),
   of means over seeds; not determined (n.d.) where the denominator is below three standard errors or there is one seed.
 - gap to joint: joint's last - last. Joint starts from the base and trains on all pairs for the summed steps.
@@ -188,8 +188,9 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
         return found
     found["last_less_finetune"] = paired(own["last"], finetune["last"])
     found["forgetting_less_finetune"] = paired(own["forgetting"], finetune["forgetting"])
-    learned = (mean(part["plasticity"]["by_seed"][seed] for seed in shared) for part in (own, finetune))
-    found["relative_plasticity"] = ratio(*learned)
+    for measure in ("plasticity", "forgetting"):
+        both = (mean(part[measure]["by_seed"][seed] for seed in shared) for part in (own, finetune))
+        found[f"relative_{measure}"] = ratio(*both)
     lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
     gained = found["last_less_finetune"]
     if lost["error"] is not None and gained["mean"] is not None and lost["mean"] >= 3 * lost["error"] > 0:
@@ -267,17 +268,17 @@ def all_streams(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     shared = [name for name in next(iter(found.values())) if all(name in recipes for recipes in found.values())]
     rows = [[name, *means([recipes[name][METRIC] for recipes in found.values()])] for name in shared]
-    columns = ["recipe", "forgetting removed", "relative plasticity", "last", "union"]
+    columns = ["recipe", "forgetting removed", "relative forgetting", "relative plasticity", "last", "union"]
     return [f"## Mean over {', '.join(found)}", "", *table(columns, rows), ""]
 
 
 def means(streams: Sequence[Mapping[str, Any]]) -> list[str]:
     removed = [own["forgetting_removed"] for own in streams if own.get("forgetting_removed") is not None]
-    learned = [own.get("relative_plasticity") for own in streams]
+    relative = [[own.get(f"relative_{measure}") for own in streams] for measure in ("forgetting", "plasticity")]
     ends = [[own[name]["mean"] for own in streams if name in own] for name in ("last", UNION)]
     return [
         f"{percent(mean(removed))} ({len(removed)} of {len(streams)})" if removed else "n.d.",
-        percent(mean(learned)) if None not in learned else "n.d.",
+        *(percent(mean(values)) if None not in values else "n.d." for values in relative),
         *(f"{100 * mean(values):.1f}" if len(values) == len(streams) else "n.d." for values in ends),
     ]
 
@@ -364,6 +365,7 @@ def overview(found: Mapping[str, Any], recipes: Mapping[str, Mapping[int, Cell]]
         "last - finetune": lambda own: difference(own[METRIC].get("last_less_finetune")),
         "forgetting": part(METRIC, "forgetting"),
         "forgetting - finetune": lambda own: difference(own[METRIC].get("forgetting_less_finetune")),
+        "relative forgetting": lambda own: percent(own[METRIC].get("relative_forgetting")),
         "forgetting removed": lambda own: percent(own[METRIC].get("forgetting_removed")),
         "relative plasticity": lambda own: percent(own[METRIC].get("relative_plasticity")),
         "gap to joint": lambda own: difference(own[METRIC].get("gap_to_joint")),
