@@ -30,7 +30,7 @@ def main(folder: Path) -> None:
     for cell in cells:
         if "--demo_validation" not in flags_of(cell):
             raise SystemExit(f"{cell.folder} was measured on the tests: settings are chosen with run.py --tune.")
-    text = "\n\n".join([counted(cells), ranking(cells)]) + "\n"
+    text = "\n\n".join(["# What the search has tried", counted(cells), ranking(cells)]) + "\n"
     write_text(folder / "search.md", text)
     print(text)
 
@@ -46,7 +46,10 @@ def counted(cells: list[tables.Cell]) -> str:
     seeds = ", ".join(str(seed) for seed in sorted({cell.seed for cell in cells}))
     finished = sum(cell.results is not None for cell in cells)
     runs = f"{len(cells)} runs" + (f", {finished} of them finished" if finished < len(cells) else "")
-    return f"{recipes.total()} settings, {runs}, seed {seeds}. Settings by recipe: {trials}."
+    return (
+        f"{recipes.total()} settings, {runs}, seed {seeds}. Settings by recipe: {trials}. "
+        "What an entry stands for is in the study's `recipes.yaml`."
+    )
 
 
 def recipe_of(cell: tables.Cell) -> str:
