@@ -144,7 +144,9 @@ def test_replayed_only_distils_the_replayed_rows_against_all_candidates():
 
 
 def test_replayed_only_without_replay_is_refused():
-    with pytest.raises(ValueError, match="nothing replays any"):
+    with pytest.raises(
+        ValueError, match="ModX is set to concern replayed pairs, and nothing in the recipe replays any"
+    ):
         check_recipe([ModX(replayed_only=True)])
 
 

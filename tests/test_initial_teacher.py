@@ -12,7 +12,6 @@ from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, PhaseStream, b
 from hf_modx.callbacks import IncCLIP, ReferenceDistillation
 from hf_modx.embeddings import embed_pairs
 from hf_modx.recipes import check_teachers
-from hf_modx.run.identity import run_identity, setting_changes
 
 from test_continual import StopAt, make_stream, results, training_without_clocks
 from tiny import quick_arguments, tiny_clip
@@ -107,24 +106,6 @@ def test_kept_and_rectified_rows_of_each_phase_are_in_the_results(finished):
         for side in ("image", "text"):
             kept, rectified = (record[f"{side}_rows_{kind}"]["mean"] for kind in ("kept", "rectified"))
             assert min(kept, rectified) > 0 and kept + rectified <= 1
-
-
-def test_run_that_does_not_say_which_has_the_previous_teacher(finished):
-    identities = {teacher: finished[teacher][0].identity for teacher in finished}
-    settings = {name: value for name, value in identities["previous"]["hyperparameters"].items() if name != "teacher"}
-    before = {**identities["previous"], "hyperparameters": settings}
-    assert setting_changes(before, identities["previous"]) == []
-    assert setting_changes(before, identities["initial"]) == ["teacher was 'previous' and is 'initial'"]
-
-
-def test_run_says_that_replayed_pairs_alone_are_distilled_only_where_they_are(tmp_path):
-    """What run.json of a run from before there was a choice holds is what it would hold today."""
-    options = []
-    for replayed_only in (False, True):
-        modx = ModX(replayed_only=replayed_only)
-        options.append(run_identity("modx", [modx], quick_arguments(tmp_path), make_stream())["recipe_args"]["ModX"])
-    plain = {"alpha": 20.0, "distill_scale": 1.0, "owns_contrastive": True, "reduction": "sum", "screen": True}
-    assert options == [plain, {**plain, "replayed_only": True}]
 
 
 def test_trainer_alone_wants_the_initial_model_to_be_given(model, make_args, processor, pairs):

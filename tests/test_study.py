@@ -3,18 +3,24 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "study")]
 
+import certainty  # noqa: E402
 import choose  # noqa: E402
 import run as study  # noqa: E402
 import tables  # noqa: E402
 
 from hf_modx import build_recipe  # noqa: E402
+from hf_modx.data.loading import at_most  # noqa: E402
+from hf_modx.demo import DEMO_STREAMS  # noqa: E402
+from hf_modx.files import read_json  # noqa: E402
 from hf_modx.recipes import check_teachers  # noqa: E402
 
 import continual_clip  # noqa: E402
@@ -216,6 +222,23 @@ def test_search_gives_no_score_to_an_entry_that_a_seed_lacks(tmp_path):
     for name, value, seed in (("a/weak", 0.2, 10), ("a/weak", 0.4, 11), ("a/lucky", 0.9, 10), ("a/lucky", None, 11)):
         write_trial(tmp_path, name, value, seed)
     assert [row[:2] for row in ranked(tmp_path)] == [["| weak", "30.0"], ["| lucky", "-"]]
+
+
+def test_error_of_a_difference_is_that_of_a_mean_over_tests():
+    middle, error = certainty.mean_of_means([torch.tensor([0.0, 0.2, 0.4, 0.2]), torch.tensor([0.1, 0.3])])
+    assert middle == pytest.approx(0.2)
+    assert error == pytest.approx(((0.08 / 3) / 4 + 0.02 / 2) ** 0.5 / 2)
+
+
+@pytest.mark.slow
+def test_ranks_of_queries_have_the_mean_that_the_run_has_measured(folder):
+    run = folder / "out" / "instance" / "finetune-seed0"
+    stream = DEMO_STREAMS["instance"](0)
+    cut = {name: (at_most(test, 24, seed=0), phase) for name, (test, phase) in stream.tests().items()}
+    ranks = certainty.reciprocal_ranks(run / f"phase-{len(stream)}", SimpleNamespace(tests=lambda: cut))
+    found = read_json(run / "results.json")
+    measured = dict(zip(found["tests"], found["matrix"]["image_to_text_mrr"][-1], strict=True))
+    assert [part.mean().item() for part in ranks] == pytest.approx([measured[name] for name in cut])
 
 
 def test_settings_are_not_chosen_on_the_tests(tmp_path):

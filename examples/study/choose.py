@@ -1,7 +1,6 @@
 """Rank what a search has tried: `python examples/study/choose.py runs/study-tune`.
 
     python examples/study/run.py --tune --recipes search --streams domain,class --seeds 10
-    python examples/study/choose.py runs/study-tune
 
 The score of an entry is its mean reciprocal rank over the validation tests after the last phase, mean over the
 streams. Settings are chosen by it alone, for every recipe alike. Entries that have not finished every stream and seed
@@ -77,9 +76,8 @@ def ranking(cells: list[tables.Cell]) -> str:
         scored = score[name] >= 0
         beside = [percent(mean(found[name], measure)) if scored else "" for measure in BESIDE]
         rows.append([escaped(name), percent(score[name]) if scored else "", *last, *beside])
-    return "Mean reciprocal rank in percent; plasticity and forgetting: mean over the streams.\n\n" + table(
-        header, rows
-    )
+    said = "Mean reciprocal rank in percent; plasticity and forgetting: mean over the streams."
+    return f"{said}\n\n{table(header, rows)}"
 
 
 def means(own: list[tables.Cell], stream: str) -> dict[str, float]:

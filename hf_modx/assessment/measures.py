@@ -210,7 +210,7 @@ def rows_kept(
             places = torch.cat([places, len(pairs.text) + _drawn(old, replayed, generator)])
         together = ids[rows] if caption_ids is None else torch.stack([ids[rows], caption_ids[places]], dim=1)
         first = rows_ranked_first(images[rows], texts[places], pair_ids=together, positives=positives)
-        kept.append(torch.stack(first).double().mean().item())
+        kept.append(first.double().mean().item())
     return float(np.mean(kept))
 
 

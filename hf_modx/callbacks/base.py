@@ -288,7 +288,7 @@ def check_recipe(callbacks: Sequence[LossCallback]) -> None:
     needing = [type(callback).__name__ for callback in callbacks if callback.needs_replay]
     if needing and all(callback.replay is None for callback in callbacks):
         raise ValueError(
-            f"{' and '.join(needing)} with replayed_only distils pairs of a memory, and nothing replays any: add "
+            f"{' and '.join(needing)} is set to concern replayed pairs, and nothing in the recipe replays any: add "
             "replay, as in modx+er."
         )
 

@@ -12,9 +12,9 @@ class LwF(LossCallback):
     and Hoiem, "Learning without Forgetting", ECCV 2016; the logits of a dual encoder are its scaled cosines).
 
     `weight * T^2 * mean_i KL(softmax(s' M'_i / T) || softmax(s M_i / T))`, the mean also over both directions, with M
-    the cosines of the batch under the new and M' under the old model, s and s' each model's own
-    logit scale, T the temperature. What the paper leaves open for image-text pairs is our reading: both directions, a
-    mean over rows, and the factor T^2 of Hinton et al., with which the pull does not fade with T.
+    the cosines of the batch under the new and M' under the old model, s and s' each model's own logit scale, T the
+    temperature. What the paper leaves open for image-text pairs is our reading: both directions, a mean over rows, and
+    the factor T^2 of Hinton et al., with which the pull does not fade with T.
 
     Args:
         weight: >= 0.

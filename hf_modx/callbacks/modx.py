@@ -44,9 +44,9 @@ class ModX(LossCallback):
             which takes a pass of its own over the similarity matrix. False beside another owner of the term.
         screen: False distils every row, also those that the old model has wrong: the recipe "kl". "rectify": a row
             that the old model and the one in training both have wrong is held to the pairs themselves, our
-            reconstruction of DKR (see `affinity_distillation`). At a `distill_scale` of 1 such a row pulls a hundred
-            times as hard as a kept one, with `reduction="sum"` also harder than the contrastive term: choose a smaller
-            alpha, or "mean" and a scale near the logit scale.
+            reconstruction of DKR (see `affinity_distillation`). At a `distill_scale` of 1 such a row pulls far
+            harder than a kept one, with `reduction="sum"` also than the contrastive term: choose a smaller alpha, or
+            "mean" and a scale near the logit scale.
         chunk_size: rows of the similarity matrices held at once; None chooses.
         reference_batch_size: the global batch size that alpha is meant for; None: whatever the batch is.
         alpha_start: what "auto" begins with, > 0. Default: 20.
@@ -177,7 +177,7 @@ class ModX(LossCallback):
                     positives=context.positives,
                     chunk_size=self.chunk_size,
                 )
-                kept = kept + torch.stack(first).sum() / (len(batches) * size)
+                kept = kept + first.sum() / (len(batches) * size)
         kept_here = found.image_rows_kept + found.text_rows_kept
         return reference * (kept / kept_here).where(kept_here > 0, 0)
 

@@ -114,9 +114,9 @@ def rows_ranked_first(
     pair_ids: Tensor | None = None,
     positives: bool = False,
     chunk_size: int | None = None,
-) -> list[Tensor]:
-    """(N,) bool of images and of texts: the rows that `affinity_losses` screens as right, in one matrix product. A row
-    with a cosine that is NaN is not.
+) -> Tensor:
+    """(2, N) bool, of images and of texts: the rows that `affinity_losses` screens as right, in one matrix product. A
+    row with a cosine that is NaN is not.
 
     Args:
         images, texts: (N, D), unit-norm, fp32 or fp64; no gradient is computed.
@@ -127,7 +127,7 @@ def rows_ranked_first(
     for place, block, _, right in _Blocks(images, texts, None, None, settings):
         screen.add_own(place, block, right)
         screen.add_highest(place, block)
-    return list(screen.own_is_highest())
+    return screen.own_is_highest()
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,6 @@ HYPERPARAMETERS = [
     "peft",
     "teacher",
 ]
-UNSAID = {"teacher": "previous"}  # what held in runs whose run.json does not say
-UNSAID_OPTIONS = {"replayed_only": False}  # options that run.json says only where they have other values
 PAIRS = ["same_pair_id", "pairs_in_batch"]
 STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
@@ -152,7 +150,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if name in before and name in now and before[name] != now[name]:
             found.append(f"{name} was {before[name]!r} and is {now[name]!r}")
     for name, value in now["hyperparameters"].items():
-        old = before["hyperparameters"].get(name, UNSAID.get(name))
+        old = before["hyperparameters"].get(name)
         if old != value:
             found.append(f"{name} was {old!r} and is {value!r}")
     return found
@@ -205,10 +203,7 @@ def _options(callback: LossCallback) -> dict[str, Any]:
     return {
         name: value
         for name, value in sorted(vars(callback).items())
-        if not name.startswith("_")
-        and name != "chunk_size"
-        and isinstance(value, bool | int | float | str)
-        and UNSAID_OPTIONS.get(name) != value
+        if not name.startswith("_") and name != "chunk_size" and isinstance(value, bool | int | float | str)
     }
 
 
