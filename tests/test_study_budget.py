@@ -9,7 +9,8 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "examples" / "study")]
 
 import batch_size  # noqa: E402
 import budget  # noqa: E402
-import tables  # noqa: E402
+from cells import Cell  # noqa: E402
+from measures import METRICS  # noqa: E402
 
 
 def cell(recipe, seed, matrix, retention):
@@ -18,10 +19,10 @@ def cell(recipe, seed, matrix, retention):
         "phases": ["a", "b"],
         "tests": ["base", "a", "b"],
         "learned_at": [0, 1, 2],
-        "matrix": dict.fromkeys(tables.METRICS, matrix),
+        "matrix": dict.fromkeys(METRICS, matrix),
         "training": training,
     }
-    return tables.Cell("domain", recipe, seed, None, Path("nowhere"), results, "finished")
+    return Cell("domain", recipe, seed, None, Path("nowhere"), results, "finished")
 
 
 FORGETS = [[0.5, 0.0, 0.0], [0.25, 0.4, 0.0], [0.2, 0.3, 0.4]]

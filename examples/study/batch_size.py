@@ -7,16 +7,18 @@ interrupted and taken up again. All runs of a seed start from the same base and 
 folder gets `batch_size.md`: forgetting and plasticity, and how far the batch sizes are apart.
 """
 
-import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 STUDY = Path(__file__).resolve().parent
 sys.path.insert(0, str(STUDY))
 
 import run  # noqa: E402
-import tables  # noqa: E402
+from cells import Cell, finished  # noqa: E402
+from measures import METRIC, measures, spread  # noqa: E402
+from tables import plus_minus  # noqa: E402
 
 from hf_modx.markdown import escaped, table  # noqa: E402
 
@@ -33,33 +35,28 @@ def main(argv: Sequence[str]) -> int:
     return run.with_report(argv, DEFAULTS, "batch_size.md", batch_table)
 
 
-def batch_table(cells: Sequence[tables.Cell]) -> str:
+def batch_table(cells: Sequence[Cell]) -> str:
     """Markdown: forgetting and plasticity by batch size, and the largest difference beside the largest spread."""
-    finished = tables.finished(cells)
+    found = finished(cells)
     rows = []
     for group, recipes in GROUPS.items():
-        if any(recipe not in finished for recipe in recipes):
+        if any(recipe not in found for recipe in recipes):
             continue
         for measure in ("forgetting", "plasticity"):
-            values = [
-                [tables.measures(cell.results, tables.METRIC)[measure] for cell in finished[recipe].values()]
+            by_size = [
+                spread({seed: measures(cell.results, METRIC)[measure] for seed, cell in found[recipe].items()})
                 for recipe in recipes
             ]
-            means = [statistics.mean(of_size) for of_size in values]
+            means = [of_size["mean"] for of_size in by_size]
             apart = f"{100 * (max(means) - min(means)):.1f}"
-            rows.append([escaped(group), measure, *map(written, values), apart, spread(values)])
+            rows.append([escaped(group), measure, *map(plus_minus, by_size), apart, largest_deviation(by_size)])
     header = ["alpha", "in percent", *(f"batch {size}" for size in SIZES), "apart", "largest spread"]
     return table(header, rows) + "\n"
 
 
-def written(values: Sequence[float]) -> str:
-    deviation = f" \u00b1 {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
-
-
-def spread(by_size: Sequence[Sequence[float]]) -> str:
-    """The largest standard deviation over seeds."""
-    deviations = [statistics.stdev(values) for values in by_size if len(values) > 1]
+def largest_deviation(by_size: Sequence[Mapping[str, Any]]) -> str:
+    """Over the seeds of one size."""
+    deviations = [of_size["deviation"] for of_size in by_size if of_size["deviation"] is not None]
     return f"{100 * max(deviations):.1f}" if deviations else ""
 
 

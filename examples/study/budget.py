@@ -17,7 +17,8 @@ STUDY = Path(__file__).resolve().parent
 sys.path.insert(0, str(STUDY))
 
 import run  # noqa: E402
-import tables  # noqa: E402
+from cells import Cell, finished  # noqa: E402
+from measures import METRIC, measures  # noqa: E402
 
 from hf_modx.markdown import escaped, table  # noqa: E402
 
@@ -30,13 +31,13 @@ def main(argv: Sequence[str]) -> int:
     return run.with_report(argv, DEFAULTS, "budget.md", budget_table)
 
 
-def budget_table(cells: Sequence[tables.Cell]) -> str:
+def budget_table(cells: Sequence[Cell]) -> str:
     """Markdown: a row for each recipe, means over its finished runs."""
     rows = []
-    for recipe, runs in tables.finished(cells).items():
+    for recipe, runs in finished(cells).items():
         found = [cell.results for cell in runs.values()]
         lost = [loss for results in found for loss in losses(results)]
-        learned = [tables.measures(results, tables.METRIC) for results in found]
+        learned = [measures(results, METRIC) for results in found]
         within = sum(loss <= BUDGET + ROUNDING for loss in lost)
         rows.append(
             [
@@ -54,7 +55,7 @@ def budget_table(cells: Sequence[tables.Cell]) -> str:
 
 def losses(results: Mapping[str, Any]) -> list[float]:
     """Of each phase: the part of the mean score on the tests taught before it that was lost in it."""
-    matrix, taught = results["matrix"][tables.METRIC], results["learned_at"]
+    matrix, taught = results["matrix"][METRIC], results["learned_at"]
     found = []
     for phase in range(1, len(matrix)):
         old = [test for test, learned_at in enumerate(taught) if isinstance(learned_at, int) and learned_at < phase]

@@ -15,7 +15,7 @@ import torch
 STUDY = Path(__file__).resolve().parent
 sys.path[:0] = [str(STUDY)]
 
-import tables  # noqa: E402
+from cells import Cell, read_cells  # noqa: E402
 
 from hf_modx import PhaseStream  # noqa: E402
 from hf_modx.data import PairCollator, PairDataset  # noqa: E402
@@ -29,7 +29,7 @@ COLUMNS = ("image", "caption", "pair_id")
 
 
 def main(folder: Path, first: str, others: Sequence[str]) -> None:
-    cells = {(c.recipe, c.stream, c.seed): c for c in tables.read_cells(folder) if c.results is not None}
+    cells = {(c.recipe, c.stream, c.seed): c for c in read_cells(folder) if c.results is not None}
     streams: dict[tuple[str, int], PhaseStream] = {}
     rows = []
     for other in others:
@@ -46,7 +46,7 @@ def main(folder: Path, first: str, others: Sequence[str]) -> None:
     print(table(["mean reciprocal rank", "difference", "standard error", "streams"], rows))
 
 
-def differences(first: tables.Cell, other: tables.Cell, stream: PhaseStream) -> list[torch.Tensor]:
+def differences(first: Cell, other: Cell, stream: PhaseStream) -> list[torch.Tensor]:
     """For each test of the stream, (queries,) reciprocal ranks after the last phase: the other's less the first's."""
     one, two = (reciprocal_ranks(cell.folder / f"phase-{len(stream)}", stream) for cell in (first, other))
     return [after - before for before, after in zip(one, two, strict=True)]

@@ -12,7 +12,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import tables
+from cells import STUDY, Cell, read_cells
+from measures import summary
 
 from hf_modx.files import read_json, write_text
 from hf_modx.markdown import escaped, table
@@ -23,7 +24,7 @@ NOT_A_TRIAL = "frozen"  # trains the bases
 
 
 def main(folder: Path) -> None:
-    cells = [cell for cell in tables.read_cells(folder) if cell.recipe != NOT_A_TRIAL]
+    cells = [cell for cell in read_cells(folder) if cell.recipe != NOT_A_TRIAL]
     if all(cell.results is None for cell in cells):
         raise SystemExit(f"There is no finished run in {folder}: run the search first.")
     for cell in cells:
@@ -34,11 +35,11 @@ def main(folder: Path) -> None:
     print(text)
 
 
-def flags_of(cell: tables.Cell) -> list[str]:
-    return read_json(cell.folder / tables.STUDY)["flags"]
+def flags_of(cell: Cell) -> list[str]:
+    return read_json(cell.folder / STUDY)["flags"]
 
 
-def counted(cells: list[tables.Cell]) -> str:
+def counted(cells: list[Cell]) -> str:
     """How many settings of each recipe were tried, those that failed among them."""
     recipes = Counter({cell.recipe: recipe_of(cell) for cell in cells}.values())
     trials = ", ".join(f"{recipe} {number}" for recipe, number in sorted(recipes.items()))
@@ -51,15 +52,15 @@ def counted(cells: list[tables.Cell]) -> str:
     )
 
 
-def recipe_of(cell: tables.Cell) -> str:
+def recipe_of(cell: Cell) -> str:
     flags = flags_of(cell)
     return flags[flags.index("--recipe") + 1]
 
 
-def ranking(cells: list[tables.Cell]) -> str:
+def ranking(cells: list[Cell]) -> str:
     """Entries from the best score to the worst; those without one come last."""
     streams = sorted({cell.stream for cell in cells})
-    by_entry: dict[str, list[tables.Cell]] = {}
+    by_entry: dict[str, list[Cell]] = {}
     for cell in cells:
         by_entry.setdefault(cell.recipe, []).append(cell)
     found = {name: [means(own, stream) for stream in streams] for name, own in by_entry.items()}
@@ -80,14 +81,14 @@ def ranking(cells: list[tables.Cell]) -> str:
     return f"{said}\n\n{table(header, rows)}"
 
 
-def means(own: list[tables.Cell], stream: str) -> dict[str, float]:
+def means(own: list[Cell], stream: str) -> dict[str, float]:
     """Of an entry's finished runs on a stream, over their seeds; empty where there is none."""
-    for by_metric in tables.summary([cell for cell in own if cell.stream == stream]).values():
+    for by_metric in summary([cell for cell in own if cell.stream == stream]).values():
         return {measure: by_metric[METRIC][measure]["mean"] for measure in ("last", *BESIDE)}
     return {}
 
 
-def why_missing(own: list[tables.Cell], stream: str) -> str:
+def why_missing(own: list[Cell], stream: str) -> str:
     states = [cell.state.partition(":")[0] for cell in own if cell.stream == stream]
     return states[0] if states else "not run"
 

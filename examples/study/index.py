@@ -19,13 +19,15 @@ from typing import Any
 STUDY = Path(__file__).resolve().parent
 sys.path[:0] = [str(STUDY)]
 
-import tables  # noqa: E402
+from measures import spread  # noqa: E402
+from tables import plus_minus  # noqa: E402
 
 from hf_modx import PhaseStream  # noqa: E402
 from hf_modx.data import PairCollator, PairDataset  # noqa: E402
 from hf_modx.demo import DEMO_STREAMS  # noqa: E402
 from hf_modx.evaluation import EncodedPairs, encode_pairs, fit_alignments, index_recalls  # noqa: E402
 from hf_modx.files import read_json, write_json, write_text  # noqa: E402
+from hf_modx.markdown import table  # noqa: E402
 from hf_modx.pretrained import load_dual_encoder  # noqa: E402
 from hf_modx.run.disorder import training_sample  # noqa: E402
 
@@ -127,11 +129,11 @@ def chapter(stream: str, recipes: Mapping[str, Mapping[int, list[Mapping[str, An
     for title, is_wanted in SPANS.items():
         for metric in METRICS:
             for recipe, by_seed in recipes.items():
-                cells = [tables.plus_minus(tables.spread(over_seeds(by_seed, is_wanted, metric, way))) for way in WAYS]
+                cells = [plus_minus(spread(over_seeds(by_seed, is_wanted, metric, way))) for way in WAYS]
                 direction = metric.partition("_recall")[0].replace("_", " ")
                 rows.append([title, direction, recipe, ",".join(map(str, sorted(by_seed))), *cells])
     header = ["index asked", "direction", "recipe", "seeds", *WAYS.values()]
-    return "\n".join([f"## {stream}", "", *tables.table(header, rows)])
+    return "\n".join([f"## {stream}", "", table(header, rows)])
 
 
 SPANS = {

@@ -34,10 +34,11 @@ from typing import Any
 
 import yaml
 
-STUDY = Path(__file__).resolve().parent
-sys.path[:0] = [str(STUDY), str(STUDY.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import tables  # noqa: E402
+from cells import FAILED, STUDY, Cell, failure, is_finished, read_cells  # noqa: E402
 
 from hf_modx.files import read_json, write_json, write_text  # noqa: E402
 
@@ -97,20 +98,20 @@ def main(argv: Sequence[str]) -> int:
         tables.write(options.output_dir, figures=True, cards=True)
     print((options.output_dir / "tables.md").read_text(encoding="utf-8"))
     print(f"Tables, figures and cards: {options.output_dir}")
-    return int(any(tables.failure(run.folder) is not None for run in runs))
+    return int(any(failure(run.folder) is not None for run in runs))
 
 
 def with_report(
     argv: Sequence[str],
     defaults: Mapping[str, str],
     name: str,
-    report: Callable[[Sequence[tables.Cell]], str],
+    report: Callable[[Sequence[Cell]], str],
 ) -> int:
     """`main` with other defaults, and then a table of one's own as a file in the output folder."""
     argv = [*(word for pair in defaults.items() if pair[0] not in argv for word in pair), *argv]
     options, _ = parse(argv)
     status = main(argv)
-    found = report(tables.read_cells(options.output_dir))
+    found = report(read_cells(options.output_dir))
     write_text(options.output_dir / name, found)
     print(found)
     return status
@@ -120,7 +121,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", help=f"comma-separated; default: {STREAMS}")
     parser.add_argument("--recipes", help="names, entries and sets of recipes.yaml, comma-separated; default: main")
-    parser.add_argument("--recipe_file", type=Path, default=STUDY / "recipes.yaml", help="entries and sets")
+    parser.add_argument("--recipe_file", type=Path, default=HERE / "recipes.yaml", help="entries and sets")
     parser.add_argument("--seeds", help="numbers, comma-separated; default: 0,1,2")
     parser.add_argument("--output_dir", type=Path, help="default: runs/study, runs/study-short and so on")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; 1: in this process")
@@ -195,7 +196,7 @@ def refuse_other_settings(runs: Sequence[Run]) -> None:
     """A folder with runs of other settings is not gone on with: the table would mix them. One that failed before it
     began may be corrected."""
     for run in runs:
-        before = read_json(run.folder / tables.STUDY)
+        before = read_json(run.folder / STUDY)
         has_begun = (run.folder / "run.json").exists()
         if before is not None and has_begun and before["flags"] != list(run.flags):
             changed = sorted(set(before["flags"]) ^ set(run.flags))
@@ -211,7 +212,7 @@ def refuse_other_settings(runs: Sequence[Run]) -> None:
 def carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
     """Bases first, then the rest; tables are written whenever a run has ended."""
     logging.basicConfig(format="%(message)s")  # before a run in this process ties it to its own log
-    unfinished = [run for run in runs if not tables.is_finished(run.folder)]
+    unfinished = [run for run in runs if not is_finished(run.folder)]
     bases = [run for run in unfinished if run.recipe == BASE]
     print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
     with Workers(options.jobs, options.threads) as workers:
@@ -267,11 +268,11 @@ class Workers:
             return "not begun"
         run.folder.mkdir(parents=True, exist_ok=True)
         record = {"recipe": run.recipe, "seed": run.seed, "front": run.front, "flags": list(run.flags)}
-        write_json(run.folder / tables.STUDY, record)
-        (run.folder / tables.FAILED).unlink(missing_ok=True)
+        write_json(run.folder / STUDY, record)
+        (run.folder / FAILED).unlink(missing_ok=True)
         reason = carry_out(run)
         if reason is not None and not self.stopped.is_set():
-            write_json(run.folder / tables.FAILED, {"reason": reason})
+            write_json(run.folder / FAILED, {"reason": reason})
         return reason
 
     @staticmethod
@@ -295,7 +296,7 @@ class Workers:
             "TOKENIZERS_PARALLELISM": "false",
             "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         }
-        command = [sys.executable, str(STUDY.parent / "continual_clip.py"), *run.argv]
+        command = [sys.executable, str(HERE.parent / "continual_clip.py"), *run.argv]
         with open(run.folder / LOG, "w", encoding="utf-8") as log:
             process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
             self.live.add(process)

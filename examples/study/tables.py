@@ -5,26 +5,21 @@ figures (with the `plots` extra) and `cards/`.
 """
 
 import csv
-import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cells import STUDY, Cell, finished, read_cells
+from measures import METRIC, METRICS, UNION, has_collapsed, mean, measures, spread, summary
 
 from hf_modx import callbacks
 from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.files import read_json, write_json, write_text
+from hf_modx.markdown import table
 from hf_modx.model_card import write_card_of_run
 from hf_modx.model_card.metadata import metric_name
 from hf_modx.plots import draw_curves, draw_tradeoffs
-
-STUDY, FAILED = "study.json", "failed.json"
-UNION = "union"
-METRIC = "image_to_text_recall@1"
-METRICS = (METRIC, "image_to_text_recall@5", "image_to_text_mrr", "text_to_image_recall@1")
-REFERENCE, BOUND = "finetune", "joint"
 
 EXTRA = {
     "ReferenceDistillation": "{images_per_step} reference images a step ({image_source})",
@@ -32,9 +27,6 @@ EXTRA = {
     "EWC": "gradients of {batches} batches a phase",
 }
 """What a callback takes that is no replayed pair and no pass of the teacher over the batch."""
-
-# Quantile 0.975 of Student's t for 1, 2, ... degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 DEFINITIONS = """\
 In percent; mean ± standard deviation over the seeds. A test's gallery is the test itself; every test shows drawings
@@ -50,19 +42,6 @@ that were never trained on.
 - gap to joint: joint's last - last. Joint starts from the base and trains on all pairs for the summed steps.
 - union: the pairs of all tests in one gallery, after the last phase.
 """
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A run as it lies on the disk; `results` of a finished one."""
-
-    stream: str
-    recipe: str
-    seed: int
-    front: str | None
-    folder: Path
-    results: Mapping[str, Any] | None
-    state: str
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,144 +65,6 @@ def write(folder: Path, *, figures: bool = False, cards: bool = False) -> None:
         draw(streams, folder)
     if cards:
         write_cards(cells, folder / "cards")
-
-
-# ---- The runs ----
-
-
-def read_cells(folder: Path) -> list[Cell]:
-    cells = []
-    for path in sorted(folder.glob(f"*/*/{STUDY}")):
-        record, run = read_json(path), path.parent
-        results = read_json(run / "results.json") if is_finished(run) else None
-        cells.append(
-            Cell(run.parent.name, record["recipe"], record["seed"], record.get("front"), run, results, state(run))
-        )
-    return cells
-
-
-def is_finished(run: Path) -> bool:
-    done, of = progress(run)
-    return done > 0 and done == of
-
-
-def progress(run: Path) -> tuple[int, int]:
-    """Phases that are evaluated, and phases of the run."""
-    record, results = read_json(run / "run.json"), read_json(run / "results.json")
-    if record is None:
-        return 0, 0
-    return len(results["phases"]) if results is not None else 0, len(record["identity"]["phases"])
-
-
-def failure(run: Path) -> str | None:
-    """Why a run has failed; None where it has not."""
-    record = read_json(run / FAILED)
-    return record["reason"] if record is not None else None
-
-
-def state(run: Path) -> str:
-    if is_finished(run):
-        return "finished"
-    if (reason := failure(run)) is not None:
-        return f"failed: {reason}"
-    done, of = progress(run)
-    return f"unfinished: {done} of {of} phases" if of else "unfinished: no phase yet"
-
-
-# ---- What they say ----
-
-
-def measures(results: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The numbers of `DEFINITIONS` for one run, as fractions; `reached` is every test right after what teaches it, the
-    base included."""
-    matrix, last = results["matrix"][metric], len(results["phases"])
-    taught = [(test, phase) for test, phase in enumerate(results["learned_at"]) if isinstance(phase, int)]
-    old = [(test, phase) for test, phase in taught if phase < last]
-    found = {
-        "plasticity": mean(matrix[phase][test] for test, phase in taught if phase > 0),
-        "reached": mean(matrix[phase][test] for test, phase in taught),
-        "old": mean(matrix[last][test] for test, _ in old),
-        "last": mean(matrix[last][test] for test, _ in taught),
-        "forgetting": mean(max(row[test] for row in matrix[phase:last]) - matrix[last][test] for test, phase in old),
-    }
-    if UNION in results["tests"]:
-        found[UNION] = matrix[last][results["tests"].index(UNION)]
-    return found
-
-
-def summary(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Recipe -> metric -> measure -> values by seed, mean, spread; and the comparisons with fine-tuning and joint."""
-    recipes = finished(cells)
-    found: dict[str, dict[str, Any]] = {}
-    for recipe, runs in recipes.items():
-        found[recipe] = {}
-        for metric in METRICS:
-            by_seed = {seed: measures(cell.results, metric) for seed, cell in runs.items()}
-            names = list(next(iter(by_seed.values())))
-            found[recipe][metric] = {name: spread({s: m[name] for s, m in by_seed.items()}) for name in names}
-    for by_metric in found.values():
-        for metric, own in by_metric.items():
-            own.update(comparisons(own, *(found.get(other, {}).get(metric) for other in (REFERENCE, BOUND))))
-    return found
-
-
-def finished(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
-    """Recipe -> seed -> finished run, fine-tuning first and joint last."""
-    place = {REFERENCE: 0, "frozen": 1, BOUND: 3}
-    recipes: dict[str, dict[int, Cell]] = {}
-    for cell in sorted(cells, key=lambda cell: (place.get(cell.recipe, 2), cell.front or "", cell.recipe, cell.seed)):
-        if cell.results is not None:
-            recipes.setdefault(cell.recipe, {})[cell.seed] = cell
-    return recipes
-
-
-def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if joint is not None:
-        found["gap_to_joint"] = paired(joint["last"], own["last"])
-    if finetune is None:
-        return found
-    shared = own["last"]["by_seed"].keys() & finetune["last"]["by_seed"].keys()
-    if not shared:
-        return found
-    found["last_less_finetune"] = paired(own["last"], finetune["last"])
-    found["forgetting_less_finetune"] = paired(own["forgetting"], finetune["forgetting"])
-    for measure in ("plasticity", "forgetting"):
-        both = (mean(part[measure]["by_seed"][seed] for seed in shared) for part in (own, finetune))
-        found[f"relative_{measure}"] = ratio(*both)
-    lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
-    gained = found["last_less_finetune"]
-    if lost["error"] is not None and gained["mean"] is not None and lost["mean"] >= 3 * lost["error"] > 0:
-        found["forgetting_removed"] = gained["mean"] / lost["mean"]
-    else:
-        found["forgetting_removed"] = None
-    return found
-
-
-def spread(by_seed: Mapping[int, float]) -> dict[str, Any]:
-    values = list(by_seed.values())
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": mean(values), "deviation": deviation, "by_seed": dict(by_seed)}
-
-
-def paired(one: Mapping, other: Mapping) -> dict[str, Any]:
-    """The difference over the seeds that both have: mean, standard error and half the 95 % interval."""
-    seeds = [seed for seed in one["by_seed"] if seed in other["by_seed"]]
-    differences = [one["by_seed"][seed] - other["by_seed"][seed] for seed in seeds]
-    error = interval = None
-    if len(seeds) > 1:
-        error = statistics.stdev(differences) / math.sqrt(len(seeds))
-        interval = error * (STUDENT[len(seeds) - 2] if len(seeds) <= len(STUDENT) + 1 else STUDENT[-1])
-    return {"mean": mean(differences), "error": error, "interval": interval, "seeds": len(seeds)}
-
-
-def mean(values) -> float | None:
-    values = list(values)
-    return statistics.fmean(values) if values else None
-
-
-def ratio(one: float | None, other: float | None) -> float | None:
-    return one / other if one is not None and other else None
 
 
 # ---- What they cost ----
@@ -256,11 +97,6 @@ def costs(cell: Cell) -> dict[str, str]:
 # ---- Tables ----
 
 
-def has_collapsed(results: Mapping[str, Any]) -> bool:
-    """Chance alone would find some."""
-    return not any(results["matrix"]["image_to_text_recall@10"][-1])
-
-
 def all_streams(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Recipes that every stream has, by means over the streams (of forgetting removed, over those in which it is
     determined, with their number); nothing where there is one stream."""
@@ -269,7 +105,7 @@ def all_streams(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     shared = [name for name in next(iter(found.values())) if all(name in recipes for recipes in found.values())]
     rows = [[name, *means([recipes[name][METRIC] for recipes in found.values()])] for name in shared]
     columns = ["recipe", "forgetting removed", "relative forgetting", "relative plasticity", "last", "union"]
-    return [f"## Mean over {', '.join(found)}", "", *table(columns, rows), ""]
+    return [f"## Mean over {', '.join(found)}", "", table(columns, rows), ""]
 
 
 def means(streams: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -294,7 +130,7 @@ def chapter(cells: Sequence[Cell]) -> str:
             "",
             *overview(found, recipes),
             "",
-            *by_test(recipes),
+            by_test(recipes),
             "",
             *prices(recipes),
             "",
@@ -375,10 +211,10 @@ def overview(found: Mapping[str, Any], recipes: Mapping[str, Mapping[int, Cell]]
         "last T2I R@1": part(METRICS[3], "last"),
     }
     rows = [[name, seeds(recipes[name]), *(show(own) for show in columns.values())] for name, own in found.items()]
-    return ["Image-to-text recall@1 where nothing else is said.", "", *table(["recipe", "seeds", *columns], rows)]
+    return ["Image-to-text recall@1 where nothing else is said.", "", table(["recipe", "seeds", *columns], rows)]
 
 
-def by_test(recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
+def by_test(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
     """Each test right after the phase that teaches it, and at the end."""
     some = next(iter(next(iter(recipes.values())).values())).results
     tests, learned_at, last = some["tests"], some["learned_at"], len(some["phases"])
@@ -397,12 +233,7 @@ def prices(recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
     columns = list(next(iter(found.values())))
     rows = [[name, *of_recipe.values()] for name, of_recipe in found.items()]
     note = "Of the first seed; the time is that of a machine with as many runs at once as `--jobs` said."
-    return [note, "", *table(["recipe", *columns], rows)]
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+    return [note, "", table(["recipe", *columns], rows)]
 
 
 def seeds(runs: Mapping[int, Cell]) -> str:
