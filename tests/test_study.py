@@ -17,6 +17,7 @@ import choose  # noqa: E402
 import measures  # noqa: E402
 import run as study  # noqa: E402
 import tables  # noqa: E402
+import towers  # noqa: E402
 from cells import FAILED, STUDY, Cell, failure, is_finished  # noqa: E402
 from measures import METRIC, METRICS, spread  # noqa: E402
 
@@ -294,3 +295,23 @@ def test_forgetting_removed_needs_forgetting_that_is_more_than_noise(last):
     finetune = {"reached": spread(dict.fromkeys(last, 0.6)), "last": spread(last)}
     finetune["plasticity"] = finetune["forgetting"] = finetune["reached"]
     assert measures.comparisons(finetune, finetune, None)["forgetting_removed"] is None
+
+
+# ---- Towers out of packages (their weights are compared whenever towers.py runs) ----
+
+
+def test_package_that_is_missing_is_named_with_the_remedy():
+    with pytest.raises(SystemExit, match="no-such-tower is not installed: see the commands"):
+        towers.packaged("no-such-tower", "weights.onnx")
+
+
+def test_package_of_another_version_is_refused():
+    with pytest.raises(SystemExit, match="another version of transformers is installed"):
+        towers.packaged("transformers", "no_such_file.onnx")
+
+
+def test_image_size_is_whole_patches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["towers.py", "--output_dir", str(tmp_path), "--image_size", "64"])
+    with pytest.raises(SystemExit):
+        towers.main()
+    assert "a multiple of 14" in capsys.readouterr().err
