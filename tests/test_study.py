@@ -1,6 +1,8 @@
 """The study: its tiny form from the command to the tables, and the numbers in them."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +27,7 @@ from hf_modx import build_recipe  # noqa: E402
 from hf_modx.data.loading import at_most  # noqa: E402
 from hf_modx.demo import DEMO_STREAMS  # noqa: E402
 from hf_modx.files import read_json  # noqa: E402
+from hf_modx.interruption import StopOnSignal  # noqa: E402
 from hf_modx.recipes import check_teachers  # noqa: E402
 
 import continual_clip  # noqa: E402
@@ -103,6 +106,20 @@ def test_jobs_are_processes_whose_last_words_are_the_reason(tmp_path):
         ((ended, reason),) = workers.carry_out([run])
     assert ended is run and "no recipe 'no_such_recipe'" in reason
     assert failure(run.folder) == reason
+
+
+def test_signal_that_ends_a_run_of_one_job_ends_the_study(tmp_path, monkeypatch):
+    begun = []
+
+    def interrupted_run(argv):
+        begun.append(argv)
+        with StopOnSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(continual_clip, "main", interrupted_run)
+    assert study.main([*TINY, "--output_dir", str(tmp_path)]) == study.INTERRUPTED
+    assert len(begun) == 1
+    assert list(tmp_path.rglob(FAILED)) == []
 
 
 # ---- What is planned ----
