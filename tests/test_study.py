@@ -122,6 +122,17 @@ def test_signal_that_ends_a_run_of_one_job_ends_the_study(tmp_path, monkeypatch)
     assert list(tmp_path.rglob(FAILED)) == []
 
 
+@pytest.mark.parametrize("status", ["143", "130", "-15"])
+def test_run_that_a_signal_has_ended_has_not_failed(tmp_path, monkeypatch, status):
+    end = f"sys.exit({status})" if status[0] != "-" else "os.kill(os.getpid(), 15)"
+    (tmp_path / "continual_clip.py").write_text(f"import os, sys\n{end}")
+    monkeypatch.setattr(study, "HERE", tmp_path / "study")
+    runs = [study.Run("class", name, 0, None, (), tmp_path / name) for name in ("er", "ewc")]
+    with study.Workers(jobs=1, threads=1) as workers:
+        assert [workers._record(run, workers._apart) for run in runs][1] == "not begun"
+    assert failure(runs[0].folder) is None
+
+
 # ---- What is planned ----
 
 

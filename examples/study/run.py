@@ -223,6 +223,9 @@ def carry_out(runs: Sequence[Run], options: argparse.Namespace) -> None:
                 tables.write(options.output_dir)
 
 
+ENDED_BY_SIGNAL = (-signal.SIGTERM, 128 + signal.SIGTERM, 128 + signal.SIGINT)
+"""Status of a process that a signal has ended, before and after the run has begun to listen for it."""
+
 FAILURES = (ArithmeticError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError)
 """What `ContinualRun` and torch say to bad settings, NaN and too little room. Anything else is a mistake in the code,
 which ends the study."""
@@ -305,7 +308,7 @@ class Workers:
             self.live.add(process)
             status = process.wait()
             self.live.discard(process)
-        if status == -signal.SIGTERM:  # whoever ends the jobs may tell them before this process
+        if status in ENDED_BY_SIGNAL:  # whoever ends the jobs may tell them before this process
             self.stopped.set()
         return None if status == 0 else last_words(run.folder / LOG, status)
 
