@@ -399,8 +399,10 @@ def plan(stream: PhaseStream, script: ScriptArguments, args: ModXTrainingArgumen
     callbacks = build_recipe(script.recipe, **script.recipe_options)
     before = 0
     for number, phase in enumerate(stream.all_phases(), start=0 if stream.base else 1):
-        steps = script.base_max_steps if number == 0 else args.phase_steps(len(phase.train))
-        steps = steps if number == 0 or all(callback.trains for callback in callbacks) else 0
+        if number == 0:
+            steps = script.base_max_steps if script.model_name_or_path is None else 0
+        else:
+            steps = args.phase_steps(len(phase.train)) if all(callback.trains for callback in callbacks) else 0
         if number > 0 and any(callback.starts_from == "base" for callback in callbacks):
             steps = before = before + steps
         test = f"{len(phase.test):,} to test" if phase.test is not None else "no test"
