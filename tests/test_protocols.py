@@ -275,6 +275,18 @@ def test_class_groups_are_phases_tested_among_all_classes(own_protocol, tmp_path
     assert stream.phases[1].train["caption"][0] == ["a class 4"]
 
 
+def test_classes_of_different_data_sets_do_not_belong_together(own_protocol, tmp_path):
+    path = own_protocol(classes_per_phase=50)
+    protocol = yaml.safe_load(path.read_text())
+    protocol["phases"].append({"name": "more", "dataset": "our/more", "label_column": "label"})
+    path.write_text(yaml.safe_dump(protocol))
+    save(tmp_path / "data", protocol["phases"][-1])
+    stream, _ = read_protocol(path).load(tmp_path / "data")
+    first, second, *_, more = (set(phase.train["pair_id"]) for phase in stream if "pairs" not in phase.name)
+    assert (first, second) == (set(range(50)), set(range(50, 100)))
+    assert len(more) == 6 and not more & (first | second)
+
+
 def test_what_is_missing_is_named(own_protocol, tmp_path):
     with pytest.raises(ValueError, match="no protocol 'mtil', nor such a file. There are cifar100"):
         read_protocol("mtil")
