@@ -506,6 +506,11 @@ def test_zscl_learns_classes_when_asked(model, make_args, processor, reference):
     assert "contrastive" not in trainer.state.log_history[0]
 
 
+def test_classes_with_replay_are_refused_before_anything_is_trained(reference):
+    with pytest.raises(ValueError, match="Classification knows the classes of one phase, and ExperienceReplay brings"):
+        build_recipe("zscl+er", zscl={"classes": True, "images": reference})
+
+
 @pytest.mark.parametrize("rows", [32, 8])
 def test_phase_without_classes_is_refused(model, make_args, processor, rows):
     data = class_pairs(labelled(), "label", TEMPLATES).select(range(rows))
