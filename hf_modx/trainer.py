@@ -242,6 +242,13 @@ class ModXTrainer(Trainer):
         for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
 
+    def learn_from_base(self) -> None:
+        """Let the loss callbacks that want it (`learns_from_base`) finish the training set as a phase, which the model
+        has learned already."""
+        for callback in self.loss_callbacks:
+            if callback.learns_from_base:
+                callback.finish_phase(self._boundary())
+
     def _start_phase(self) -> None:
         self._remember_phase_start()
         if not self._phase_has_started:
