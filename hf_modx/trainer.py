@@ -175,6 +175,7 @@ class ModXTrainer(Trainer):
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
+        self._phase_has_started = False
         return trainable(super().call_model_init(trial), self.args)
 
     @property
@@ -210,7 +211,8 @@ class ModXTrainer(Trainer):
         warn_of_accumulation(self.args)
         self._held = []
         self._energy = EnergyMeter()
-        self._start_phase()
+        if self.model_init is None:  # else with the model that is about to be made
+            self._start_phase()
         if self.model_wrapped is self.model:
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
             # without DDP and the processes would drift apart in silence.
@@ -273,6 +275,7 @@ class ModXTrainer(Trainer):
         )
 
     def _prepare_for_training(self, *args, **kwargs):
+        self._start_phase()
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
@@ -646,6 +649,7 @@ class ModXTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._start_phase()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
         read_beside_adapter(self._dual_encoder, resume_from_checkpoint)

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, CLIPModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_modx import Contrastive, LossCallback, ModX, ModXTrainer
+from hf_modx.callbacks import FixedLogitScale, WeightEnsemble
 from hf_modx.losses import info_nce, modx_loss
 from hf_modx.teacher import AdapterOffTeacher, Teacher
 from hf_modx.teacher.cache import CachedTeacher
@@ -320,6 +321,19 @@ def test_frozen_tower_stays_frozen_with_model_init(make_args, processor, pairs):
     )
     trainer.train()
     assert largest_difference(trainer.model.vision_model, tiny_clip(processor).vision_model) == 0
+
+
+def test_phase_starts_anew_with_each_model_of_model_init(make_args, processor, pairs):
+    trainer = ModXTrainer(
+        model_init=lambda: tiny_clip(processor),
+        args=make_args(max_steps=2),
+        train_dataset=pairs,
+        processing_class=processor,
+        loss_callbacks=[Contrastive(), FixedLogitScale(), WeightEnsemble(every=1)],
+    )
+    for _ in range(2):  # as a search for hyper-parameters does
+        trainer.train()
+        assert torch.equal(trainer.model.logit_scale, tiny_clip(processor).logit_scale)
 
 
 def test_both_towers_may_be_frozen(model, make_args, processor, pairs):
