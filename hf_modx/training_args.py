@@ -129,8 +129,8 @@ class ModXTrainingArguments(TrainingArguments):
     max_logit_scale: float = field(
         default=100.0,
         metadata={
-            "help": "The factor on the cosines is clamped to [1, this] after every step; not where the model has a "
-            "sigmoid loss."
+            "help": "The factor on the cosines is clamped to [1, this] after every step; not where it is not trained "
+            "or the model has a sigmoid loss."
         },
     )
 

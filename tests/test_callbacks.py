@@ -252,7 +252,9 @@ def test_weight_ensemble_refuses_the_best_model(model, make_args, processor, pai
         train(model, args, processor, pairs, [Contrastive(), WeightEnsemble()], eval_dataset=pairs)
 
 
-def test_fixed_logit_scale_is_not_trained(model, make_args, processor, pairs):
+@pytest.mark.parametrize("scale", [2.66, 4.6052])  # the second one, OpenAI's, is a little above ln 100
+def test_fixed_logit_scale_is_not_trained(model, make_args, processor, pairs, scale):
+    model.logit_scale.data.fill_(scale)
     before = weights(model)
     train(model, make_args(), processor, pairs, [Contrastive(), FixedLogitScale()])
     assert torch.equal(model.logit_scale, before["logit_scale"])
