@@ -236,6 +236,8 @@ class ModXTrainer(Trainer):
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if rest := self._since_the_last_log():
             self.log(rest)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         self.finish_phase()
 
     def finish_phase(self) -> None:

@@ -431,6 +431,18 @@ def test_phase_interrupted_before_its_end_is_finished_from_the_last_checkpoint(
         assert all(torch.equal(other.state_dict()[name], state[name]) for name in state)
 
 
+def test_phase_that_keeps_its_best_weights_keeps_them_interrupted_before_its_end(model, make_args, processor, pairs):
+    start = copy.deepcopy(model)
+    looks = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    best = {"metric_for_best_model": "loss", "greater_is_better": True}  # which falls
+    args = make_args(save_strategy="steps", save_steps=3, **looks, **best)
+    done = train(model, args, processor, pairs, [Contrastive()], eval_dataset=pairs)
+    assert done.state.best_model_checkpoint.endswith("checkpoint-3")
+    late = trainer_of(start, args, processor, pairs, [Contrastive()], eval_dataset=pairs)
+    late.finish_from(f"{args.output_dir}/checkpoint-6")
+    assert largest_difference(weights(late.model), weights(done.model)) == 0
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_phase_ends_with_the_same_weights(model, make_args, processor, pairs, recipe):
     start = copy.deepcopy(model)
