@@ -204,6 +204,16 @@ def test_recipe_without_exactly_one_contrastive_term_is_refused(model, make_args
         train(model, make_args(), processor, pairs, callbacks)
 
 
+@pytest.mark.parametrize("name", ["loss", "learning_rate", "logit_scale"])
+def test_terms_with_the_name_of_what_is_logged_anyway_are_refused(model, make_args, processor, pairs, name):
+    class Other(LossCallback):
+        def loss_terms(self, student, teacher, context):
+            return {name: student.image.sum()}
+
+    with pytest.raises(ValueError, match=f"logged as {name}: rename"):
+        train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), Other()])
+
+
 def test_two_terms_of_one_name_are_refused(model, make_args, processor, pairs):
     class Same(LossCallback):
         def loss_terms(self, student, teacher, context):
