@@ -600,6 +600,11 @@ def test_term_that_is_no_scalar_is_named(model, make_args, processor, pairs):
         train(model, make_args(), processor, pairs, [Contrastive(), Wrong()])
 
 
+def test_batches_that_shrink_where_memory_is_short_are_refused(make_args):
+    with pytest.raises(ValueError, match="auto_find_batch_size .* gradient_cache_chunk_size"):
+        make_args(auto_find_batch_size=True)
+
+
 def test_optimizer_that_steps_in_the_backward_pass_is_refused_with_the_cache(model, make_args, processor, pairs):
     args = make_args(gradient_cache_chunk_size=4, optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
     with pytest.raises(ValueError, match="steps in the backward pass"):
