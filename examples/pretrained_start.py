@@ -4,10 +4,11 @@
         --text_model sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/towers
     accelerate launch examples/continual_clip.py --model_name_or_path runs/towers --peft lora --recipe modx
 
-Both towers stay as they are: a linear projection behind each and the logit scale learn the pairs of the built-in
-stream's base, or of `--dataset_name` (locked towers, after Zhai et al., "LiT: Zero-Shot Transfer with Locked-image
-text Tuning", CVPR 2022, where only the image tower is locked). All flags of `ModXTrainingArguments` are taken;
-500 steps where `--max_steps` does not say otherwise. The result is a `VisionTextDualEncoderModel` with its processor.
+Both towers stay as they are: a linear projection behind each and the logit scale learn the pairs of the base of a
+built-in stream (`--demo_stream`) or of `--dataset_name`: locked towers, after Zhai et al., "LiT: Zero-Shot Transfer
+with Locked-image text Tuning", CVPR 2022, where only the image tower is locked. All flags of `ModXTrainingArguments`
+are taken; 500 steps where `--max_steps` does not say otherwise. The result is a `VisionTextDualEncoderModel` with its
+processor.
 """
 
 import sys
@@ -23,7 +24,7 @@ from transformers import (
 
 from hf_modx import ModXTrainer, ModXTrainingArguments
 from hf_modx.data.loading import load_table
-from hf_modx.demo import demo_stream
+from hf_modx.demo import DEMO_STREAMS
 from hf_modx.yaml_arguments import parse_arguments
 
 
@@ -32,8 +33,12 @@ class TowerArguments:
     vision_model: str = field(metadata={"help": "An image tower with its image processor: folder, or id on the Hub."})
     text_model: str = field(metadata={"help": "A text tower with its tokenizer."})
     projection_dim: int = field(default=256, metadata={"help": "Width of the embeddings."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Pairs to learn; default: the built-in base."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Pairs to learn; default: a built-in base."})
     dataset_split: str = field(default="train", metadata={"help": "Of the data set."})
+    demo_stream: str = field(
+        default="domain",
+        metadata={"help": "The built-in stream whose base is learned.", "choices": sorted(DEMO_STREAMS)},
+    )
 
 
 DEFAULTS = {"max_steps": 500, "learning_rate": 1e-3, "freeze_vision_model": True, "freeze_text_model": True}
@@ -56,7 +61,7 @@ def main(argv: list[str]) -> None:
     set_seed(args.seed)  # of the projections
     model, processor = assembled(towers)
     if towers.dataset_name is None:
-        pairs = demo_stream(args.seed).base.train
+        pairs = DEMO_STREAMS[towers.demo_stream](args.seed).base.train
     else:
         pairs = load_table(towers.dataset_name, towers.dataset_split)
     trainer = ModXTrainer(

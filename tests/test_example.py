@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from datasets import DatasetDict
 
-from hf_modx import ModXTrainingArguments, build_recipe
+from hf_modx import ModXTrainingArguments, Phase, PhaseStream, build_recipe
 from hf_modx.yaml_arguments import parse_arguments
 
 from tiny import tiny_pairs
@@ -140,6 +140,14 @@ def test_yaml_file_may_add_recipes_up(start, tmp_path, recipe):
     identity = json.loads((out / "run.json").read_text())["identity"]
     assert identity["recipe"] == "modx+l2sp"
     assert identity["recipe_args"]["ModX"]["alpha"] == 10.0
+
+
+@pytest.mark.parametrize(("flags", "steps"), [([], "1,000"), (["--model_name_or_path", "some/model"], "0")])
+def test_base_is_planned_to_be_trained_only_where_no_model_is_given(flags, steps):
+    kinds = (continual_clip.ScriptArguments, ModXTrainingArguments)
+    script, args = parse_arguments(kinds, [*flags, "--output_dir", "out"], continual_clip.defaults)
+    stream = PhaseStream([Phase("june", tiny_pairs(16, start=16))], base=Phase("may", tiny_pairs(16)))
+    assert f"phase 0: may, 16 pairs to learn in {steps} steps" in continual_clip.plan(stream, script, args)
 
 
 def test_dry_run_prints_phases_and_trains_nothing(start, tmp_path, capsys):

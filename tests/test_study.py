@@ -1,6 +1,8 @@
 """The study: its tiny form from the command to the tables, and the numbers in them."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ import choose  # noqa: E402
 import measures  # noqa: E402
 import run as study  # noqa: E402
 import tables  # noqa: E402
+import towers  # noqa: E402
 from cells import FAILED, STUDY, Cell, failure, is_finished  # noqa: E402
 from measures import METRIC, METRICS, spread  # noqa: E402
 
@@ -24,6 +27,7 @@ from hf_modx import build_recipe  # noqa: E402
 from hf_modx.data.loading import at_most  # noqa: E402
 from hf_modx.demo import DEMO_STREAMS  # noqa: E402
 from hf_modx.files import read_json  # noqa: E402
+from hf_modx.interruption import StopOnSignal  # noqa: E402
 from hf_modx.recipes import check_teachers  # noqa: E402
 
 import continual_clip  # noqa: E402
@@ -102,6 +106,20 @@ def test_jobs_are_processes_whose_last_words_are_the_reason(tmp_path):
         ((ended, reason),) = workers.carry_out([run])
     assert ended is run and "no recipe 'no_such_recipe'" in reason
     assert failure(run.folder) == reason
+
+
+def test_signal_that_ends_a_run_of_one_job_ends_the_study(tmp_path, monkeypatch):
+    begun = []
+
+    def interrupted_run(argv):
+        begun.append(argv)
+        with StopOnSignal():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(continual_clip, "main", interrupted_run)
+    assert study.main([*TINY, "--output_dir", str(tmp_path)]) == study.INTERRUPTED
+    assert len(begun) == 1
+    assert list(tmp_path.rglob(FAILED)) == []
 
 
 # ---- What is planned ----
@@ -294,3 +312,23 @@ def test_forgetting_removed_needs_forgetting_that_is_more_than_noise(last):
     finetune = {"reached": spread(dict.fromkeys(last, 0.6)), "last": spread(last)}
     finetune["plasticity"] = finetune["forgetting"] = finetune["reached"]
     assert measures.comparisons(finetune, finetune, None)["forgetting_removed"] is None
+
+
+# ---- Towers out of packages (their weights are compared whenever towers.py runs) ----
+
+
+def test_package_that_is_missing_is_named_with_the_remedy():
+    with pytest.raises(SystemExit, match="no-such-tower is not installed: see the commands"):
+        towers.packaged("no-such-tower", "weights.onnx")
+
+
+def test_package_of_another_version_is_refused():
+    with pytest.raises(SystemExit, match="another version of transformers is installed"):
+        towers.packaged("transformers", "no_such_file.onnx")
+
+
+def test_image_size_is_whole_patches(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["towers.py", "--output_dir", str(tmp_path), "--image_size", "64"])
+    with pytest.raises(SystemExit):
+        towers.main()
+    assert "a multiple of 14" in capsys.readouterr().err

@@ -63,6 +63,11 @@ def state(run: Path) -> str:
     return f"unfinished: {done} of {of} phases" if of else "unfinished: no phase yet"
 
 
+def shows_validation(cell: Cell) -> bool:
+    """Whether its numbers are of validation drawings, not of the tests."""
+    return "--demo_validation" in read_json(cell.folder / STUDY)["flags"]
+
+
 def finished(cells: Sequence[Cell]) -> dict[str, dict[int, Cell]]:
     """Recipe -> seed -> finished run, fine-tuning first and joint last."""
     place = {REFERENCE: 0, "frozen": 1, BOUND: 3}

@@ -1,8 +1,9 @@
 """How certain a difference between settings is: `python examples/study/certainty.py runs/study-tune modx-2 modx-5`.
 
-Compares every further entry of a search with the first one named: the difference of their scores (`choose.py`) and its
-standard error over the queries, each of which both models were asked. What another seed would change is not in it, so
-the true uncertainty is larger. Reads the models of the finished runs and trains nothing.
+Compares every further recipe of a study, or entry of a search, with the first one named: the difference of their mean
+reciprocal rank after the last phase, and its standard error over the queries, each of which both models were asked.
+What another seed would change is not in it, so the true uncertainty is larger. Reads the models of the finished runs
+and trains nothing.
 """
 
 import math
@@ -15,7 +16,7 @@ import torch
 STUDY = Path(__file__).resolve().parent
 sys.path[:0] = [str(STUDY)]
 
-from cells import Cell, read_cells  # noqa: E402
+from cells import Cell, read_cells, shows_validation  # noqa: E402
 
 from hf_modx import PhaseStream  # noqa: E402
 from hf_modx.data import PairCollator, PairDataset  # noqa: E402
@@ -38,8 +39,10 @@ def main(folder: Path, first: str, others: Sequence[str]) -> None:
             raise SystemExit(f"{first} and {other} have no finished run of one stream and seed in {folder}.")
         parts = []
         for stream, seed in places:
-            data = streams.setdefault((stream, seed), DEMO_STREAMS[stream](seed, validation=True))
-            parts += differences(cells[first, stream, seed], cells[other, stream, seed], data)
+            one, two = cells[first, stream, seed], cells[other, stream, seed]
+            if (stream, seed) not in streams:
+                streams[stream, seed] = DEMO_STREAMS[stream](seed, validation=shows_validation(one))
+            parts += differences(one, two, streams[stream, seed])
         middle, error = mean_of_means(parts)
         where = ", ".join(sorted({stream for stream, _ in places}))
         rows.append([f"{other} - {first}", f"{100 * middle:+.1f}", f"{100 * error:.1f}", where])

@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from cells import STUDY, Cell, read_cells
+from cells import STUDY, Cell, read_cells, shows_validation
 from measures import summary
 
 from hf_modx.files import read_json, write_text
@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
     if all(cell.results is None for cell in cells):
         raise SystemExit(f"There is no finished run in {folder}: run the search first.")
     for cell in cells:
-        if "--demo_validation" not in flags_of(cell):
+        if not shows_validation(cell):
             raise SystemExit(f"{cell.folder} was measured on the tests: settings are chosen with run.py --tune.")
     text = "\n\n".join(["# What the search has tried", counted(cells), ranking(cells)]) + "\n"
     write_text(folder / "search.md", text)

@@ -41,6 +41,7 @@ import tables  # noqa: E402
 from cells import FAILED, STUDY, Cell, failure, is_finished, read_cells  # noqa: E402
 
 from hf_modx.files import read_json, write_json, write_text  # noqa: E402
+from hf_modx.interruption import Interrupted  # noqa: E402
 
 STREAMS = "domain,class,instance"
 LOG = "log.txt"
@@ -282,6 +283,8 @@ class Workers:
         with open(run.folder / LOG, "w", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
             try:
                 continual_clip.main(run.argv)
+            except Interrupted as error:
+                raise KeyboardInterrupt from error  # a signal that the run has taken ends the study, too
             except SystemExit as error:
                 print(error.code if isinstance(error.code, str) else "", file=log)
             except FAILURES:  # why a run has failed stands in the tables; the others go on

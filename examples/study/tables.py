@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import STUDY, Cell, finished, read_cells
+from cells import Cell, finished, read_cells, shows_validation
 from measures import METRIC, METRICS, UNION, has_collapsed, mean, measures, spread, summary
 
 from hf_modx import callbacks
@@ -152,12 +152,11 @@ def chapter(cells: Sequence[Cell]) -> str:
 
 def setting(cell: Cell) -> str:
     record, results = read_json(cell.folder / "run.json"), cell.results
-    validation = "--demo_validation" in read_json(cell.folder / STUDY)["flags"]
     hyper = record["identity"]["hyperparameters"]
     tests = ", ".join(f"{name} {n} ({100 / n:.2f})" for name, n in results["test_pairs"].items())
     phases = ", ".join(f"{phase['name']} {phase['rows']:,}" for phase in record["identity"]["phases"])
     return (
-        f"{'Validation drawings in the place of the tests. ' if validation else ''}"
+        f"{'Validation drawings in the place of the tests. ' if shows_validation(cell) else ''}"
         f"Pairs to learn: {phases}. Gallery sizes of the tests (recall@1 by chance, percent): {tests}. "
         f"{hyper['contrastive_batch_size']} pairs a step, learning rate {hyper['learning_rate']:g}, "
         f"{hyper['max_steps']} steps a phase, base {record['identity'].get('base_max_steps')} steps."
