@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
 from transformers.utils import logging as transformers_logging
 
-from hf_modx import RECIPES, ContinualRun, Contrastive, LossCallback, ModX, Phase, PhaseStream
-from hf_modx.callbacks import EWC
+from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
 from hf_modx.files import seal
 from hf_modx.run.folder import last_complete_checkpoint
 
@@ -144,21 +143,6 @@ def test_teacher_of_a_phase_is_the_model_after_the_phase_before(run):
     continual = run(callbacks=[Keep()])
     assert same(teachers["1"], weights(continual, 0))
     assert same(teachers["2"], weights(continual, 1))
-
-
-def test_base_is_a_phase_only_for_callbacks_that_learn_from_it(run):
-    happened = []
-
-    class Watch(LossCallback):
-        def start_phase(self, phase):
-            happened.append("started")
-
-        def finish_phase(self, phase):
-            happened.append("finished")
-
-    continual = run(make_stream(1), [Contrastive(), EWC(batches=1), Watch()])
-    assert happened == ["started", "finished"]
-    assert (continual.folder / "state" / "phase-0.safetensors").exists()
 
 
 def test_joint_starts_from_the_base_and_sees_everything(run):
