@@ -380,7 +380,7 @@ class ContinualRun:
         if number == 0 and not is_there and learn_base:
             before = self._trainer(0, self._load_phase(0), self.stream.base.train)
             before.load_loss_callbacks(path)
-            before.finish_phase()
+            before.learn_from_base()
             self._save_state(0, before)
         keepers = self._keepers()
         if number > 0 and not is_there and keepers:

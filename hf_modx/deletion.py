@@ -150,7 +150,7 @@ class Deletions:
         images = {digest for request in requests for digest in request.images}
         found: set[int] = set()
         if ids and self.pair_id_column in table.column_names:
-            found |= {row for row, number in enumerate(table[self.pair_id_column]) if number in ids}
+            found |= {row for row, number in enumerate(table.with_format(None)[self.pair_id_column]) if number in ids}
         if images:
             digests = image_digests(table, self.image_column)
             found |= {row for row, digest in enumerate(digests) if digest is not None and digest.hex() in images}

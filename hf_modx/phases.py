@@ -368,7 +368,7 @@ def column_values(dataset: Dataset, column: str) -> list:
     if column not in dataset.column_names:
         near = did_you_mean(column, dataset.column_names)
         raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
-    values = list(dataset[column])
+    values = list(dataset.with_format(None)[column])
     if any(value is None for value in values):
         row = next(row for row, value in enumerate(values) if value is None)
         raise ValueError(f"Column {column!r} has nulls (first in row {row}): every row needs a phase.")

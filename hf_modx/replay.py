@@ -135,7 +135,7 @@ class ReplayMemory:
         kept = 0 if before is None else len(before)
         generator = np.random.default_rng([self.seed, number, RESERVOIR])
         staying, entering = choose(self.replay.memory_size, kept, seen, len(part), generator)
-        new = part.select_columns(columns).select(entering)
+        new = part.with_format(None).select_columns(columns).select(entering)
         stored = {PHASE: [number] * len(new)}
         if self.replay.stores_embeddings:
             stored[IMAGE_EMBEDDING], stored[TEXT_EMBEDDINGS] = embed(number, new)

@@ -175,6 +175,7 @@ class ModXTrainer(Trainer):
         self.add_callback(self.data_wait)  # the last one: the others' work at an event is no waiting
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
+        self._phase_has_started = False
         return trainable(super().call_model_init(trial), self.args)
 
     @property
@@ -210,7 +211,8 @@ class ModXTrainer(Trainer):
         warn_of_accumulation(self.args)
         self._held = []
         self._energy = EnergyMeter()
-        self._start_phase()
+        if self.model_init is None:  # else with the model that is about to be made
+            self._start_phase()
         if self.model_wrapped is self.model:
             # Another Trainer, or a stock evaluation, has left the model marked as prepared: training would go on
             # without DDP and the processes would drift apart in silence.
@@ -234,6 +236,8 @@ class ModXTrainer(Trainer):
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
         if rest := self._since_the_last_log():
             self.log(rest)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         self.finish_phase()
 
     def finish_phase(self) -> None:
@@ -241,6 +245,13 @@ class ModXTrainer(Trainer):
         does it by itself."""
         for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
+
+    def learn_from_base(self) -> None:
+        """Let the loss callbacks that want it (`learns_from_base`) finish the training set as a phase, which the model
+        has learned already."""
+        for callback in self.loss_callbacks:
+            if callback.learns_from_base:
+                callback.finish_phase(self._boundary())
 
     def _start_phase(self) -> None:
         self._remember_phase_start()
@@ -266,6 +277,7 @@ class ModXTrainer(Trainer):
         )
 
     def _prepare_for_training(self, *args, **kwargs):
+        self._start_phase()
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator)
@@ -639,6 +651,7 @@ class ModXTrainer(Trainer):
             self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._start_phase()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
         read_beside_adapter(self._dual_encoder, resume_from_checkpoint)

@@ -129,8 +129,8 @@ class ModXTrainingArguments(TrainingArguments):
     max_logit_scale: float = field(
         default=100.0,
         metadata={
-            "help": "The factor on the cosines is clamped to [1, this] after every step; not where the model has a "
-            "sigmoid loss."
+            "help": "The factor on the cosines is clamped to [1, this] after every step; not where it is not trained "
+            "or the model has a sigmoid loss."
         },
     )
 
@@ -284,6 +284,11 @@ class ModXTrainingArguments(TrainingArguments):
             )
         if self.gradient_cache_chunk_size is not None and self.gradient_cache_chunk_size < 1:
             raise ValueError(f"gradient_cache_chunk_size must be at least 1, got {self.gradient_cache_chunk_size}.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size would train with other contrastive batches than it is told, and other results. "
+                "Leave it out: gradient_cache_chunk_size bounds memory and changes nothing else."
+            )
         if self.dataloader_timeout < 0:
             raise ValueError(f"dataloader_timeout must be at least 0 seconds, got {self.dataloader_timeout}.")
         if not self.max_logit_scale >= 1:

@@ -77,10 +77,17 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: 
             parser.error(str(error))
     try:
         if defaults is not None:
-            given = {argument.split("=")[0].removeprefix("--") for argument in arguments if argument.startswith("--")}
-            parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0], given))
+            parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0], _given(parser, arguments)))
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
     except Exception as error:  # transformers raises nearly anything on a value that it does not take
         parser.error(f"{type(error).__name__}: {error}")
+
+
+def _given(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> set[str]:
+    """The options that the arguments set, however they spell them: argparse takes hyphens and beginnings of names."""
+    unset = object()
+    found = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    parser.parse_known_args(arguments, found)
+    return {name for name, value in vars(found).items() if value is not unset}

@@ -221,6 +221,14 @@ def test_data_without_pair_ids_need_none(start):
     start(tiny_pairs(9).remove_columns("pair_id"))
 
 
+def test_pair_ids_are_looked_at_where_rows_are_used(start):
+    ids = [None if row == 4 else row for row in range(9)]
+    with_null = tiny_pairs(9).remove_columns("pair_id").add_column("pair_id", ids)
+    start(with_null.filter(lambda row: row["pair_id"] is not None))
+    with pytest.raises(TypeError, match=r"'pair_id' must hold integers below 2\^63 without nulls"):
+        start(with_null)
+
+
 @pytest.mark.parametrize("captions", [[3] * 9, [1.5] * 9, [[1, 2]] * 9, [{"en": "a"}] * 9, [True] * 9])
 def test_captions_that_are_no_strings(start, captions):
     data = tiny_pairs(9).remove_columns("caption").add_column("caption", captions)

@@ -253,6 +253,7 @@ def test_weight_ensemble_refuses_the_best_model(model, make_args, processor, pai
 
 
 def test_fixed_logit_scale_is_not_trained(model, make_args, processor, pairs):
+    model.logit_scale.data.fill_(4.6052)  # OpenAI's, a little above the bound of ln 100
     before = weights(model)
     train(model, make_args(), processor, pairs, [Contrastive(), FixedLogitScale()])
     assert torch.equal(model.logit_scale, before["logit_scale"])
@@ -338,6 +339,7 @@ def test_fisher_matrix_is_taken_at_the_weights_that_the_phase_leaves(make_args, 
         (lambda: EWC(weight=-1), "weight"),
         (lambda: EWC(gamma=1.5), "gamma"),
         (lambda: EWC(batches=0), "at least 1"),
+        (lambda: EWC(batches=2.5), "whole number of batches"),
         (lambda: L2SP(-1), "weight"),
         (lambda: WiseFT(1.5), "weight"),
         (lambda: WeightEnsemble(0), "at least 1"),
@@ -386,6 +388,12 @@ def test_owner_of_the_weights_finishes_first(model, make_args, processor, pairs)
     assert events[-2:] == ["owner finishes", "one finishes"]
 
 
+def test_base_is_a_phase_only_for_callbacks_that_learn_from_it(model, make_args, processor, pairs):
+    events, ewc = [], EWC(batches=1)
+    trainer_of(model, make_args(), processor, pairs, [Contrastive(), ewc, Watch(events, "it")]).learn_from_base()
+    assert events == [] and ewc.state_dict().keys() == weights(model).keys()
+
+
 def test_phase_starts_with_the_weights_as_handed_over_also_when_it_is_resumed(model, make_args, processor, pairs):
     seen = []
 
@@ -427,6 +435,18 @@ def test_phase_interrupted_before_its_end_is_finished_from_the_last_checkpoint(
         state = one.state_dict()
         assert other.state_dict().keys() == state.keys()
         assert all(torch.equal(other.state_dict()[name], state[name]) for name in state)
+
+
+def test_phase_that_keeps_its_best_weights_keeps_them_interrupted_before_its_end(model, make_args, processor, pairs):
+    start = copy.deepcopy(model)
+    looks = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    best = {"metric_for_best_model": "loss", "greater_is_better": True}  # which falls
+    args = make_args(max_steps=3, save_strategy="steps", save_steps=1, **looks, **best)
+    done = train(model, args, processor, pairs, [Contrastive()], eval_dataset=pairs)
+    assert done.state.best_model_checkpoint.endswith("checkpoint-1")
+    late = trainer_of(start, args, processor, pairs, [Contrastive()], eval_dataset=pairs)
+    late.finish_from(f"{args.output_dir}/checkpoint-3")
+    assert largest_difference(weights(late.model), weights(done.model)) == 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

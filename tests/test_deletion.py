@@ -13,7 +13,8 @@ from test_rollback import make_up_run, publish
 from hf_modx import Phase, PhaseStream
 from hf_modx.cli import main
 from hf_modx.cli.forget import ids_in
-from hf_modx.deletion import Deletions, forget
+from hf_modx.data.overlap import image_digests
+from hf_modx.deletion import Deletions, Request, forget
 from hf_modx.hub.faults import RepositoryConflict
 from hf_modx.hub.publisher import HubPublisher, Revision
 from hf_modx.run.identity import changes
@@ -134,6 +135,15 @@ def test_forgotten_pairs_leave_the_memory_and_later_phases(run, tmp_path, capsys
     card = (grown.phase_folder(2) / "README.md").read_text()
     assert "Deleted on request" in card and "The models of phases 1 to 1 were trained before" in card
     assert "Deleted on request" not in (grown.phase_folder(1) / "README.md").read_text()
+
+
+def test_pairs_are_forgotten_in_whatever_format_the_data_are(tmp_path):
+    pairs = tiny_pairs(6)
+    image = image_digests(pairs, "image")[4].hex()
+    deletions = Deletions(tmp_path, ("image", "pair_id"))
+    deletions.requests = [Request(pair_ids=(2,), images=(image,))]
+    stream = PhaseStream((Phase("one", pairs.with_format("torch", columns=["pair_id"])),))
+    assert deletions.kept(stream).phases[0].train.with_format(None)["pair_id"][:] == [0, 1, 3, 5]
 
 
 def test_data_that_lack_the_forgotten_pairs_are_the_same_run_and_other_data_are_not(run):

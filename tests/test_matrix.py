@@ -292,6 +292,11 @@ def test_frame_begins_with_the_start_unless_told_otherwise():
     assert EvaluationMatrix.from_dataframe(matrix.to_dataframe(), [1, None]).to_dict() == matrix.to_dict()
 
 
+def test_empty_lines_of_a_csv_are_no_rows():
+    written = named_matrix().to_csv() + "\n"
+    assert EvaluationMatrix.from_csv(written, [1, None]).to_dict() == named_matrix().to_dict()
+
+
 def test_csv_is_read_by_pandas():
     frame = pandas.read_csv(io.StringIO(named_matrix().to_csv()), index_col="after")
     assert frame.equals(named_matrix().to_dataframe())

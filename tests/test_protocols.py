@@ -275,6 +275,17 @@ def test_class_groups_are_phases_tested_among_all_classes(own_protocol, tmp_path
     assert stream.phases[1].train["caption"][0] == ["a class 4"]
 
 
+def test_classes_of_different_data_sets_do_not_belong_together(own_protocol, tmp_path):
+    path = own_protocol()
+    protocol = yaml.safe_load(path.read_text())
+    protocol["phases"].append({"name": "more", "dataset": "our/more", "label_column": "label"})
+    path.write_text(yaml.safe_dump(protocol))
+    save(tmp_path / "data", protocol["phases"][-1])
+    stream, _ = read_protocol(path).load(tmp_path / "data")
+    first, more = (set(stream.phases[place].train["pair_id"]) for place in (0, -1))
+    assert first == set(range(6)) and len(more) == 6 and not more & first
+
+
 def test_what_is_missing_is_named(own_protocol, tmp_path):
     with pytest.raises(ValueError, match="no protocol 'mtil', nor such a file. There are cifar100"):
         read_protocol("mtil")

@@ -100,6 +100,14 @@ def test_images_lie_in_it_as_they_were_stored(tmp_path):
     assert all(row["image"]["bytes"] == stored[row["pair_id"]] for row in content(table))
 
 
+def test_format_of_the_data_is_not_that_of_the_memory(tmp_path):
+    pairs = tiny_pairs(6)
+    plain, formatted = memory_in(tmp_path / "plain"), memory_in(tmp_path / "formatted")
+    table = formatted.extend(1, pairs.with_format("torch"))
+    assert table.features["image"] == pairs.features["image"]
+    assert content(table) == content(plain.extend(1, pairs))
+
+
 def test_images_in_files_are_taken_in(tmp_path):
     for number in range(4):
         picture("red", "ring", shift=number).save(tmp_path / f"{number}.png")

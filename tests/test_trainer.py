@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel, CLIPModel, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_modx import Contrastive, LossCallback, ModX, ModXTrainer
+from hf_modx.callbacks import FixedLogitScale, WeightEnsemble
 from hf_modx.losses import info_nce, modx_loss
 from hf_modx.teacher import AdapterOffTeacher, Teacher
 from hf_modx.teacher.cache import CachedTeacher
@@ -203,6 +204,16 @@ def test_recipe_without_exactly_one_contrastive_term_is_refused(model, make_args
         train(model, make_args(), processor, pairs, callbacks)
 
 
+@pytest.mark.parametrize("name", ["loss", "logit_scale"])
+def test_terms_with_the_name_of_what_is_logged_anyway_are_refused(model, make_args, processor, pairs, name):
+    class Other(LossCallback):
+        def loss_terms(self, student, teacher, context):
+            return {name: student.image.sum()}
+
+    with pytest.raises(ValueError, match=f"logged as {name}: rename"):
+        train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), Other()])
+
+
 def test_two_terms_of_one_name_are_refused(model, make_args, processor, pairs):
     class Same(LossCallback):
         def loss_terms(self, student, teacher, context):
@@ -320,6 +331,19 @@ def test_frozen_tower_stays_frozen_with_model_init(make_args, processor, pairs):
     )
     trainer.train()
     assert largest_difference(trainer.model.vision_model, tiny_clip(processor).vision_model) == 0
+
+
+def test_phase_starts_anew_with_each_model_of_model_init(make_args, processor, pairs):
+    trainer = ModXTrainer(
+        model_init=lambda: tiny_clip(processor),
+        args=make_args(max_steps=1),
+        train_dataset=pairs,
+        processing_class=processor,
+        loss_callbacks=[Contrastive(), FixedLogitScale(), WeightEnsemble(every=1)],
+    )
+    for _ in range(2):  # as a search for hyper-parameters does
+        trainer.train()
+        assert torch.equal(trainer.model.logit_scale, tiny_clip(processor).logit_scale)
 
 
 def test_both_towers_may_be_frozen(model, make_args, processor, pairs):
@@ -574,6 +598,11 @@ def test_term_that_is_no_scalar_is_named(model, make_args, processor, pairs):
 
     with pytest.raises(TypeError, match="Wrong gives 'wrong'"):
         train(model, make_args(), processor, pairs, [Contrastive(), Wrong()])
+
+
+def test_batches_that_shrink_where_memory_is_short_are_refused(make_args):
+    with pytest.raises(ValueError, match="auto_find_batch_size .* gradient_cache_chunk_size"):
+        make_args(auto_find_batch_size=True)
 
 
 def test_optimizer_that_steps_in_the_backward_pass_is_refused_with_the_cache(model, make_args, processor, pairs):

@@ -233,6 +233,18 @@ def test_defaults_can_depend_on_what_was_chosen(parse):
     assert (arguments.output_dir, arguments.learning_rate) == ("runs/finetune", 1e-3)
 
 
+@pytest.mark.parametrize("flag", ["--output-dir", "--output_d"])
+def test_an_option_is_given_however_it_is_spelt(parse, flag):
+    def seen(chosen, given):
+        return {"styles": sorted(given)}
+
+    assert parse("recipe: finetune", flag, "mine", "--no_shuffle", defaults=seen).styles == [
+        "output_dir",
+        "recipe",
+        "shuffle",
+    ]
+
+
 def test_file_and_flags_override_such_defaults(parse):
     arguments = parse("learning_rate: 2", "--output_dir", "mine", defaults=defaults)
     assert (arguments.output_dir, arguments.learning_rate) == ("mine", 2.0)

@@ -304,6 +304,15 @@ def test_without_a_source_the_base_is_the_reference(model, make_args, processor,
     assert largest_difference(tables(given), tables(default)) == 0
 
 
+def test_each_run_takes_the_references_of_its_own_base(make_args, processor, pairs, reference):
+    callback = ReferenceDistillation()
+    for base in (reference, reference.select(range(5))):
+        callback.load_state_dict({})
+        callback.start_run(base)
+        train(tiny_clip(processor), make_args(max_steps=1), processor, pairs, [Contrastive(), callback])
+        assert len(tables(callback)["image"]) == len(base)
+
+
 def test_references_that_have_left_the_base_take_what_the_teacher_said_along(make_args, processor, pairs, reference):
     before, later = ReferenceDistillation(), ReferenceDistillation()
     before.start_run(reference)
@@ -504,6 +513,11 @@ def test_zscl_learns_classes_when_asked(model, make_args, processor, reference):
     trainer = train(model, make_args(max_steps=2), processor, data, recipe)
     assert {"classification", "reference_images", "reference_texts", "l2sp"} <= set(trainer.state.log_history[0])
     assert "contrastive" not in trainer.state.log_history[0]
+
+
+def test_classes_with_replay_are_refused_before_anything_is_trained(reference):
+    with pytest.raises(ValueError, match="Classification knows the classes of one phase, and ExperienceReplay brings"):
+        build_recipe("zscl+er", zscl={"classes": True, "images": reference})
 
 
 @pytest.mark.parametrize("rows", [32, 8])

@@ -318,6 +318,7 @@ def _shared_images(new: Phase, old: Phase, image_column: str) -> int:
 
 
 def _duplicates(table: Dataset, image_column: str, caption_column: str, pair_id_column: str) -> Duplicates:
+    table = table.with_format(None)
     ids = table[pair_id_column] if pair_id_column in table.column_names else range(len(table))
     captions = [set(as_captions(value)) for value in table[caption_column]]
     images = [{digest} - {None} for digest in image_digests(table, image_column)]

@@ -138,6 +138,7 @@ class LossCallback(TrainerCallback):
             that owns the weights and before all others.
         needs_budget: the callback is steered by a `RetentionBudget`.
         needs_replay: the callback concerns replayed pairs, and some callback of the recipe must replay.
+        refuses_replay: the callback cannot do with replayed pairs: none of the recipe may replay.
         needs_merge: the weights it leaves are no adapter's: of an adapter that is trained, it leaves them in the base.
         trains: False trains nothing at all.
         trains_on: "phase", or "all_phases_so_far" to train on the union of all data up to this phase.
@@ -156,6 +157,7 @@ class LossCallback(TrainerCallback):
     guards_weights: bool = False
     needs_budget: bool = False
     needs_replay: bool = False
+    refuses_replay: bool = False
     needs_merge: bool = False
     trains: bool = True
     trains_on: str = "phase"
@@ -260,7 +262,8 @@ def _prefix(index: int, callback: LossCallback) -> str:
 
 def check_recipe(callbacks: Sequence[LossCallback]) -> None:
     """Raise a ValueError unless the callbacks go together: exactly one brings the contrastive term, at most one
-    decides on the weights, one that trains nothing is alone, and one that needs replayed pairs gets some."""
+    decides on the weights, one that trains nothing is alone, and one that needs replayed pairs gets some, one that
+    refuses them none."""
     names = [type(callback).__name__ for callback in callbacks]
     frozen = [type(callback).__name__ for callback in callbacks if not callback.trains]
     if frozen and len(callbacks) > 1:
@@ -285,8 +288,15 @@ def check_recipe(callbacks: Sequence[LossCallback]) -> None:
             f"No callback of the recipe ({', '.join(names) or 'nothing'}) brings the contrastive term. Add "
             "Contrastive()."
         )
+    replaying = [type(callback).__name__ for callback in callbacks if callback.replay is not None]
+    refusing = [type(callback).__name__ for callback in callbacks if callback.refuses_replay]
+    if refusing and replaying:
+        raise ValueError(
+            f"{' and '.join(refusing)} knows the classes of one phase, and {' and '.join(replaying)} brings images of "
+            "others: leave out the replay, or learn captions in the place of classes."
+        )
     needing = [type(callback).__name__ for callback in callbacks if callback.needs_replay]
-    if needing and all(callback.replay is None for callback in callbacks):
+    if needing and not replaying:
         raise ValueError(
             f"{' and '.join(needing)} is set to concern replayed pairs, and nothing in the recipe replays any: add "
             "replay, as in modx+er."

@@ -45,8 +45,8 @@ class EWC(LossCallback):
             raise ValueError(f"The weight of EWC must not be negative, got {weight}.")
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma must be in [0, 1], got {gamma}.")
-        if batches < 1:
-            raise ValueError(f"EWC takes the Fisher matrix over at least 1 batch, got {batches}.")
+        if batches < 1 or not isinstance(batches, int):  # which would be told at the end of the first phase
+            raise ValueError(f"EWC takes the Fisher matrix over a whole number of batches, at least 1, got {batches}.")
         self.weight = weight
         self.gamma = gamma
         self.batches = batches

@@ -119,6 +119,10 @@ class ReferenceDistillation(LossCallback):
 
     def start_run(self, base: Dataset | None) -> None:
         self._base = base
+        if self.image_source == "base":
+            self._images = None
+        if self.text_source == "base":
+            self._texts = None
         self._refuse_no_data()
 
     def start_phase(self, phase: PhaseBoundary) -> None:

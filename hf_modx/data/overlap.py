@@ -12,7 +12,8 @@ from .bad_samples import BadSample
 
 def image_digests(dataset: Dataset, image_column: str) -> list[bytes | None]:
     """A hash of each row's image as it is stored, undecoded; None where there is none. Costs one pass of reading."""
-    raw = dataset.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+    raw = dataset.with_format(None).select_columns([image_column])
+    raw = raw.cast_column(image_column, datasets.Image(decode=False))
     return [_digest(example[image_column]) for example in raw]
 
 

@@ -247,7 +247,9 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
 
 def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
     """Raise a TypeError unless the column holds integers below 2^63 without nulls."""
-    feature, column = dataset.features[pair_id_column], dataset.data.column(pair_id_column)
+    feature = dataset.features[pair_id_column]
+    # Not `dataset.data`: that has the rows, too, from which the data set was selected.
+    column = dataset.with_format("arrow").select_columns([pair_id_column])[:].column(0)
     whole = getattr(feature, "dtype", "").startswith(("int", "uint"))
     if whole and column.null_count == 0 and (len(column) == 0 or pc.max(column).as_py() < 2**63):
         return

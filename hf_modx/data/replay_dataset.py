@@ -21,7 +21,7 @@ def like_stream(pairs: Dataset, part: Dataset, columns: tuple[str, str, str]) ->
     """
     image_column, caption_column, pair_id_column = columns
     require_columns(pairs, "The data set to replay", image_column=image_column, caption_column=caption_column)
-    pairs = with_images(pairs, image_column)
+    pairs = with_images(pairs.with_format(None), image_column)
     check_columns(pairs, image_column, caption_column)
     ids = {}
     if pair_id_column in part.column_names:

@@ -192,7 +192,7 @@ class EvaluationMatrix:
         Raises:
             ValueError: lines of different lengths, or what is no number.
         """
-        (_, *tests), *rows = csv.reader(io.StringIO(text))
+        (_, *tests), *rows = filter(None, csv.reader(io.StringIO(text)))  # without empty lines
         values = [[float(value) if value.strip() else None for value in row[1:]] for row in rows]
         phases = [row[0] for row in rows][int(has_initial_row) :]
         return cls(phases, tests, values, learned_at, has_initial_row)

@@ -91,9 +91,12 @@ class Protocol:
         phases: list[Phase] = []
         tests: dict[str, EvaluationTest] = {}
         columns = (image_column, caption_column, pair_id_column)
+        sources = list(dict.fromkeys(entry["dataset"] for entry in self.phases))
         for entry in self.phases:
             try:
-                make = _of_labels if "label_column" in entry else _of_captions
+                make = _of_captions
+                if "label_column" in entry:
+                    make = partial(_of_labels, first_id=sources.index(entry["dataset"]) << 32)
                 for phase, named in make(entry, *_tables(entry, data_root), columns):
                     phases.append(phase)
                     tests |= named
@@ -172,7 +175,11 @@ def _tables(entry: Mapping[str, Any], data_root: str | Path | None) -> tuple[Dat
 Made = Iterator[tuple[Phase, dict[str, EvaluationTest]]]
 
 
-def _of_labels(entry: Mapping[str, Any], train: Dataset, test: Dataset, columns: tuple[str, str, str]) -> Made:
+def _of_labels(
+    entry: Mapping[str, Any], train: Dataset, test: Dataset, columns: tuple[str, str, str], first_id: int
+) -> Made:
+    """The pair id of a class is its number, counted from `first_id`: phases of several data sets may be trained on
+    together, and their classes do not belong together."""
     label_column, templates = entry["label_column"], entry.get("templates", TEMPLATES)
     image_column = entry.get("image_column", "image")
     whole = ZeroShotTest(test, image_column, label_column, entry.get("class_names"), templates=templates)
@@ -183,7 +190,9 @@ def _of_labels(entry: Mapping[str, Any], train: Dataset, test: Dataset, columns:
         numbered, label_column, templates[:1], class_names=whole.names, caption_column=columns[1],
         pair_id_column=columns[2],
     )  # fmt: skip
-    pairs = _renamed(pairs.remove_columns({label_column} - set(columns)), {image_column: columns[0]}, columns[0])
+    pairs = pairs.remove_columns(sorted({label_column, columns[2]} - set(columns[:2])))
+    pairs = pairs.add_column(columns[2], (labels + first_id).tolist())
+    pairs = _renamed(pairs, {image_column: columns[0]}, columns[0])
     for name, classes in _groups(entry, len(whole.names)):
         rows, test_rows = (np.flatnonzero(np.isin(part, classes)) for part in (labels, test_labels))
         if len(rows) == 0 or len(test_rows) == 0:

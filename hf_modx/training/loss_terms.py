@@ -9,6 +9,8 @@ from ..callbacks import LossCallback, LossContext
 from ..callbacks.base import ExtraEmbeddings
 from ..embeddings import PairEmbeddings
 
+LOGGED_ANYWAY = ("loss", "grad_norm", "learning_rate", "epoch", "step", "data_wait", "logit_scale", "logit_bias")
+
 
 def loss_terms(
     callbacks: Sequence[LossCallback],
@@ -26,7 +28,7 @@ def loss_terms(
         extra: the embeddings of the extra inputs, of each callback that has some.
 
     Raises:
-        ValueError: a name is used twice.
+        ValueError: a name is used twice, or the log has another value under it.
         TypeError: a term is no scalar tensor.
     """
     terms: dict[str, Tensor] = {}
@@ -38,6 +40,7 @@ def loss_terms(
             if not isinstance(term, Tensor) or term.ndim != 0:
                 raise TypeError(f"{type(callback).__name__} gives {name!r} as {term!r}: a term is a scalar tensor.")
             terms[name] = term.to(student.image.device)
-    if clash := terms.keys() & context.metrics.keys():
-        raise ValueError(f"A loss term and a reported value are both named {', '.join(clash)}: rename one.")
+    names = [*terms, *context.metrics, *LOGGED_ANYWAY]
+    if taken := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"Two values are logged as {', '.join(taken)}: rename the loss term or what is reported.")
     return terms
