@@ -125,6 +125,11 @@ class ModXTrainer(Trainer):
             )
         if preprocess_logits_for_metrics is not None:
             raise ValueError("ModXTrainer takes no preprocess_logits_for_metrics. There are no logits to preprocess.")
+        if optimizers[0] is not None and args.learning_rate_of_text is not None:
+            raise ValueError(
+                "The optimizer has learning rates of its own. Leave out text_learning_rate and "
+                "text_learning_rate_factor, or optimizers."
+            )
         if model is not None:
             model = trainable(model, args)
         super().__init__(
