@@ -250,6 +250,7 @@ class ModXTrainer(Trainer):
         does it by itself."""
         for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
+        self._phase_has_started = False  # to train on is to begin another one
 
     def learn_from_base(self) -> None:
         """Let the loss callbacks that want it (`learns_from_base`) finish the training set as a phase, which the model
