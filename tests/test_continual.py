@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
 from hf_modx.files import seal
 from hf_modx.run.folder import last_complete_checkpoint
+from hf_modx.run.identity import changes
 
 from tiny import quick_arguments, tiny_clip, tiny_pairs
 
@@ -323,6 +324,12 @@ def test_other_data_of_a_phase_is_refused(run, started_again):
     other = PhaseStream((other.phases[1], other.phases[0]), base=other.base)
     with pytest.raises(ValueError, match="phase 1 was 'part 1'"):
         run(other)
+
+
+def test_phase_of_another_name_is_not_said_to_have_other_data():
+    before = {"hyperparameters": {}, "phases": [{"name": "may", "rows": 9, "data": "x"}]}
+    renamed = {**before, "phases": [{"name": "mai", "rows": 9, "data": "x"}]}
+    assert changes(before, renamed) == ["phase 1 was 'may' and is 'mai'"]
 
 
 def change_weights(phase):
