@@ -125,6 +125,11 @@ class ModXTrainer(Trainer):
             )
         if preprocess_logits_for_metrics is not None:
             raise ValueError("ModXTrainer takes no preprocess_logits_for_metrics. There are no logits to preprocess.")
+        if optimizers[0] is not None and args.learning_rate_of_text is not None:
+            raise ValueError(
+                "The optimizer has learning rates of its own. Leave out text_learning_rate and "
+                "text_learning_rate_factor, or optimizers."
+            )
         if model is not None:
             model = trainable(model, args)
         super().__init__(
@@ -245,6 +250,7 @@ class ModXTrainer(Trainer):
         does it by itself."""
         for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
+        self._phase_has_started = False  # to train on is to begin another one
 
     def learn_from_base(self) -> None:
         """Let the loss callbacks that want it (`learns_from_base`) finish the training set as a phase, which the model

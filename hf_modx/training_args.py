@@ -289,6 +289,11 @@ class ModXTrainingArguments(TrainingArguments):
                 "auto_find_batch_size would train with other contrastive batches than it is told, and other results. "
                 "Leave it out: gradient_cache_chunk_size bounds memory and changes nothing else."
             )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                "label_smoothing_factor has no effect on a contrastive loss. Classes are smoothed by an argument of "
+                "the recipe: label_smoothing of zscl with classes."
+            )
         if self.dataloader_timeout < 0:
             raise ValueError(f"dataloader_timeout must be at least 0 seconds, got {self.dataloader_timeout}.")
         if not self.max_logit_scale >= 1:

@@ -244,6 +244,16 @@ def test_training_goes_on_from_the_weights_and_not_from_their_mean(model, make_a
     assert largest_difference(plain.after_step[-1], ensemble.after_step[-1]) == 0
 
 
+def test_trainer_that_is_trained_again_starts_a_phase_again(model, make_args, processor, pairs):
+    trainer = train(model, make_args(max_steps=2), processor, pairs, [Contrastive(), WeightEnsemble(1)])
+    before = weights(model)
+    keep = KeepWeights()
+    trainer.add_callback(keep)
+    trainer.train()
+    mean = {name: torch.stack([before[name], *(each[name] for each in keep.after_step)]).mean(0) for name in before}
+    assert largest_difference(weights(model), mean) < 1e-6
+
+
 def test_weight_ensemble_refuses_the_best_model(model, make_args, processor, pairs):
     args = make_args(
         eval_strategy="steps", save_strategy="steps", save_steps=2, eval_steps=2, load_best_model_at_end=True

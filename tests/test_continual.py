@@ -299,11 +299,18 @@ def test_more_phases_end_with_the_weights_of_one_long_run(run, started_again, ma
     assert same(weights(grown, 3), weights(whole, 3))
 
 
+KEEP_THE_BEST = {"load_best_model_at_end": True}
+KEEP_THE_BEST |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | dict.fromkeys(
+    ("eval_steps", "save_steps"), 1
+)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"args": {"learning_rate": 2e-3}}, "learning_rate was 0.001 and is 0.002"),
         ({"args": {"per_device_train_batch_size": 4}}, "contrastive_batch_size was 8 and is 4"),
+        ({"args": KEEP_THE_BEST}, "load_best_model_at_end was False and is True"),
         ({"recipe": "finetune"}, "recipe was 'modx' and is 'finetune'"),
         ({"recipe_args": {"alpha": 3.0}}, "recipe_args"),
         ({"num_phases": 1}, "2 phases and 1 are given"),

@@ -605,6 +605,17 @@ def test_batches_that_shrink_where_memory_is_short_are_refused(make_args):
         make_args(auto_find_batch_size=True)
 
 
+def test_label_smoothing_of_transformers_is_refused(make_args):
+    with pytest.raises(ValueError, match="label_smoothing_factor has no effect"):
+        make_args(label_smoothing_factor=0.1)
+
+
+def test_learning_rate_of_the_text_tower_beside_a_ready_optimizer_is_refused(model, make_args, processor, pairs):
+    optimizers = (torch.optim.AdamW(model.parameters(), lr=1e-3), None)
+    with pytest.raises(ValueError, match="Leave out text_learning_rate"):
+        train(model, make_args(text_learning_rate=1e-4), processor, pairs, optimizers=optimizers)
+
+
 def test_optimizer_that_steps_in_the_backward_pass_is_refused_with_the_cache(model, make_args, processor, pairs):
     args = make_args(gradient_cache_chunk_size=4, optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
     with pytest.raises(ValueError, match="steps in the backward pass"):

@@ -48,15 +48,19 @@ HYPERPARAMETERS = [
     "text_learning_rate_factor",
     "peft",
     "teacher",
+    "load_best_model_at_end",
 ]
+BEST = ["metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps"]
 PAIRS = ["same_pair_id", "pairs_in_batch"]
 STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
 
 
 def hyperparameters(args: ModXTrainingArguments) -> dict[str, Any]:
-    """The values of `HYPERPARAMETERS` as JSON takes them, and those of an adapter where one is trained."""
+    """The values of `HYPERPARAMETERS` as JSON takes them, and those of an adapter where one is trained, and
+    how the best weights are found where they are kept."""
     names = [*HYPERPARAMETERS, *(LORA if args.peft is not None else [])]
+    names += BEST if args.load_best_model_at_end else []
     return {name: _plain(getattr(args, name)) for name in names}
 
 
