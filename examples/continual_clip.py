@@ -73,6 +73,7 @@ from hf_modx.data.loading import at_most, load_splits, load_table
 from hf_modx.demo import BASE_MAX_STEPS, DEMO_DEFAULTS, DEMO_RECIPE_ARGS, DEMO_STREAMS
 from hf_modx.evaluation import EvaluationMatrix, EvaluationTest, load_tests
 from hf_modx.hub import NotAStream, UnpublishedPhases
+from hf_modx.hub.stream import is_cached_stream
 from hf_modx.model_card.metadata import metric_name
 from hf_modx.protocols import PROTOCOLS, read_protocol, source_of
 from hf_modx.recipes import check_teachers, recipe_arguments, recipe_name
@@ -364,7 +365,14 @@ def published_stream(script: ScriptArguments) -> PhaseStream | None:
     """What `PhaseStream.push_to_hub` has published under this name, unless other phases are asked for."""
     asked = (script.dataset_config_name, script.phase_column, script.num_phases, script.phase_splits)
     others = any(value is not None for value in asked)
-    if others or not is_hub_id(script.dataset_name) or datasets.config.HF_HUB_OFFLINE:
+    if others or not is_hub_id(script.dataset_name):
+        return None
+    if datasets.config.HF_HUB_OFFLINE:
+        if is_cached_stream(script.dataset_name):
+            raise SystemExit(
+                f"{script.dataset_name} is a stream of phases, and which split is what is asked of the Hub. Start "
+                "without HF_HUB_OFFLINE, or name the splits: --phase_splits, --test_splits."
+            )
         return None
     try:
         return PhaseStream.from_hub(script.dataset_name)

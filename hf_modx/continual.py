@@ -61,7 +61,7 @@ from .run.identity import refuse_other_weights, refused_changes, run_identity, w
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
 from .run.retention import RetentionTests, retention_budget, stopped_early
-from .run.stream_checks import StreamChecks
+from .run.stream_checks import StreamChecks, refuse_other_types
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
 from .teacher.cache import CachedTeacher
@@ -147,6 +147,8 @@ class ContinualRun:
             self._load_start(model, processing_class, revision)
         self.tests = RunTests(stream, tests or {}, self.args.pair_columns)
         self.disorder, self.cross_phase = RunDisorder(self._encode), RunCrossPhase(self._encode)
+        if self.memory is not None or not self._trains_on_phases_alone:
+            refuse_other_types(self.tests.stream, self.args.pair_columns)
         checks = StreamChecks(args)
         stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
         self.bad_samples = checks.bad_samples
@@ -410,12 +412,16 @@ class ContinualRun:
     def _starts_from_base(self) -> bool:
         return any(callback.starts_from == "base" for callback in self.loss_callbacks)
 
+    @property
+    def _trains_on_phases_alone(self) -> bool:
+        return all(callback.trains_on == "phase" for callback in self.loss_callbacks)
+
     def _parent(self, number: int) -> int:
         """The phase whose weights a phase starts from."""
         return 0 if self._starts_from_base else number - 1
 
     def _training_data(self, number: int) -> Dataset:
-        if all(callback.trains_on == "phase" for callback in self.loss_callbacks):
+        if self._trains_on_phases_alone:
             return self.stream.phases[number - 1].train
         known = [self.stream.base] if self.stream.base is not None else []
         parts = [phase.train for phase in [*known, *self.stream.phases[:number]]]
@@ -450,7 +456,7 @@ class ContinualRun:
             teacher = self._load_parent(0)
         if train_dataset is None:
             args.peft = None
-        if number > 0 and any(callback.trains_on != "phase" for callback in self.loss_callbacks):
+        if number > 0 and not self._trains_on_phases_alone:
             args.max_steps = self.steps(number)  # not those of an epoch of all data
         args.run_name = args.run_name or self.folder.resolve().name  # one run for the trackers
         trainer = ModXTrainer(

@@ -45,11 +45,17 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_json(path: Path) -> Any | None:
-    """The content, or None where there is no such file."""
+    """The content, or None where there is no such file.
+
+    Raises:
+        ValueError: it is no JSON; the message names the file and the line.
+    """
     if not path.exists():
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def publish_file(temporary: Path, final: Path) -> None:

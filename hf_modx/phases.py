@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict
 
-from .data.loading import concatenate_shared
+from .data.loading import concatenate_shared, require_table
 from .data.replay_dataset import like_stream
 from .nearest import did_you_mean
 
@@ -242,6 +243,7 @@ class PhaseStream:
             seed: of the held-out share.
 
         Raises:
+            TypeError: several splits, or one that is streamed.
             ValueError: no such column, nulls in it, or a value of `order` that does not occur.
         """
         values = column_values(dataset, column)
@@ -262,13 +264,22 @@ class PhaseStream:
     def from_time(
         cls, dataset: Dataset, column: str, num_phases: int, *, test_fraction: float = 0.1, seed: int = 0
     ) -> "PhaseStream":
-        """Equal portions in the order of a time column (dates, timestamps or numbers); rows of one time stay in the
-        order stored.
+        """Equal portions in the order of a time column (dates, timestamps, numbers, or texts that sort as these do,
+        as ISO dates); rows of one time stay in the order stored.
 
         Raises:
-            ValueError: no such column, nulls in it, or fewer rows than phases.
+            TypeError: several splits, or one that is streamed.
+            ValueError: no such column, nulls in it, texts whose alphabetical order is not that of time, or fewer rows
+                than phases.
         """
-        order = np.argsort(np.array(column_values(dataset, column)), kind="stable")
+        times = column_values(dataset, column)
+        texts = [time for time in times if isinstance(time, str)]
+        if not _sort_by_time(set(texts)):
+            raise ValueError(
+                f"Column {column!r} holds texts such as {texts[0]!r}, and their alphabetical order is not that of "
+                "time. Write dates as 2024-01-31, or give a column of dates or numbers."
+            )
+        order = np.argsort(np.array(times), kind="stable")
         return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
 
     @classmethod
@@ -276,8 +287,10 @@ class PhaseStream:
         """Random equal parts: instance-incremental, as the Mod-X paper's Flickr30K stream.
 
         Raises:
+            TypeError: several splits, or one that is streamed.
             ValueError: fewer rows than phases.
         """
+        require_table(dataset)
         order = np.random.default_rng(seed).permutation(len(dataset))
         return cls._equal_parts(dataset, order, num_phases, test_fraction, seed)
 
@@ -364,15 +377,27 @@ def _stored(value):
 
 
 def column_values(dataset: Dataset, column: str) -> list:
-    """The values of a column; a ValueError where there is no such column, or nulls in it."""
+    """The values of a column; a ValueError where there is no such column, or nulls (or NaN) in it."""
+    require_table(dataset)
     if column not in dataset.column_names:
         near = did_you_mean(column, dataset.column_names)
         raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
     values = list(dataset.with_format(None)[column])
-    if any(value is None for value in values):
-        row = next(row for row, value in enumerate(values) if value is None)
+    row = next((row for row, value in enumerate(values) if value is None or value != value), None)
+    if row is not None:
         raise ValueError(f"Column {column!r} has nulls (first in row {row}): every row needs a phase.")
     return values
+
+
+def _sort_by_time(texts: set[str]) -> bool:
+    """Whether alphabetical order is that of time: each text begins with a year or is a number, and all are written
+    alike, digit for digit, only that some may end earlier (2024-01, 2024-01-31)."""
+    shapes = {re.sub(r"\d", "0", text) for text in texts}
+    longest = max(shapes, key=len, default="")
+    return all(
+        re.match(r"0000|0+$", shape) and longest.startswith(shape) and longest[len(shape) :][:1] != "0"
+        for shape in shapes
+    )
 
 
 def hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:

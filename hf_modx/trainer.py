@@ -503,9 +503,10 @@ class ModXTrainer(Trainer):
             logs["data_wait"] = share
         if "loss" in logs:
             logs.update(self._since_the_last_log(with_loss=True))
-        elif "train_loss" in logs:
+        has_ended = "total_flos" in logs  # a test may be called train: its loss is `train_loss`, too
+        if has_ended:
             logs.update(self._since_the_last_log())
-        if "train_runtime" in logs and (joules := self._energy.joules()) is not None:
+        if has_ended and (joules := self._energy.joules()) is not None:
             logs["train_energy_joules"] = joules
         super().log(logs, start_time)
 

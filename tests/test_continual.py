@@ -6,11 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
 from transformers.utils import logging as transformers_logging
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
 from hf_modx.files import seal
 from hf_modx.run.folder import last_complete_checkpoint
+from hf_modx.run.identity import changes
 
 from tiny import quick_arguments, tiny_clip, tiny_pairs
 
@@ -330,6 +332,23 @@ def test_other_data_of_a_phase_is_refused(run, started_again):
     other = PhaseStream((other.phases[1], other.phases[0]), base=other.base)
     with pytest.raises(ValueError, match="phase 1 was 'part 1'"):
         run(other)
+
+
+@pytest.mark.parametrize("recipe", ["er", "cumulative"])
+def test_types_that_make_no_one_table_are_refused_before_training(run, tmp_path, recipe):
+    first, second = make_stream().phases
+    other = replace(second, train=second.train.cast_column("pair_id", Value("int32")))
+    with pytest.raises(
+        TypeError, match=r"'pair_id' holds Value\('int64'\) in 'part 1' and Value\('int32'\) in 'part 2'"
+    ):
+        run(PhaseStream((first, other)), recipe=recipe)
+    assert not (tmp_path / "out" / "phase-0").exists()
+
+
+def test_phase_of_another_name_is_not_said_to_have_other_data():
+    before = {"hyperparameters": {}, "phases": [{"name": "may", "rows": 9, "data": "x"}]}
+    renamed = {**before, "phases": [{"name": "mai", "rows": 9, "data": "x"}]}
+    assert changes(before, renamed) == ["phase 1 was 'may' and is 'mai'"]
 
 
 def change_weights(phase):

@@ -1,7 +1,5 @@
 """A reader sees the old or the new content, never a part."""
 
-import json
-
 import pytest
 
 from hf_modx.files import has_whole_seal, publish_folder, read_json, seal, write_json
@@ -53,7 +51,7 @@ def test_a_file_that_is_not_there_reads_as_none(tmp_path):
 
 def test_a_broken_file_is_an_error_and_not_none(tmp_path):
     (tmp_path / "results.json").write_text('{"matrix": [')
-    with pytest.raises(json.JSONDecodeError):
+    with pytest.raises(ValueError, match="results.json is no JSON"):
         read_json(tmp_path / "results.json")
 
 

@@ -379,11 +379,14 @@ def example(processor, tmp_path, monkeypatch):
     return lambda *changed: continual_clip.main([*flags, *changed])
 
 
-def test_example_takes_a_published_stream_with_its_base(hub, example, tmp_path):
+def test_example_takes_a_published_stream_with_its_base(hub, example, tmp_path, monkeypatch):
     make_stream(1).push_to_hub("owner/stream")
     example("--dataset_name", "owner/stream", "--push_to_hub", "false")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["phases"] == ["part 1"] and results["tests"] == ["part 0", "part 1"]
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(SystemExit, match="Start without HF_HUB_OFFLINE, or name the splits"):
+        example("--dataset_name", "owner/stream", "--push_to_hub", "false")  # and not with the base as phase 1
 
 
 @pytest.mark.slow

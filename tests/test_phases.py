@@ -166,6 +166,27 @@ def test_a_missing_column_is_named_with_those_that_there_are(make):
         make(table(6, style=STYLES), "stile")
 
 
+@pytest.mark.parametrize("make", [PhaseStream.from_column, lambda *a: PhaseStream.from_time(*a, 2)])
+def test_nan_is_no_value_of_a_phase(make):
+    with pytest.raises(ValueError, match=r"'year' has nulls \(first in row 1\)"):
+        make(table(4, year=[2023.0, float("nan"), 2024.0, 2024.0]), "year")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda data: PhaseStream.from_column(data, "n"),
+        lambda data: PhaseStream.from_time(data, "n", 2),
+        lambda data: PhaseStream.random(data, 2),
+    ],
+    ids=["column", "time", "random"],
+)
+def test_splits_and_streamed_data_are_refused_with_the_remedy(make, splits):
+    for data in (splits, table(4).to_iterable_dataset()):
+        with pytest.raises(TypeError, match=r"got (Iterable)?Dataset.*Pass one split, not streamed"):
+            make(data)
+
+
 # --- from_time -------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +206,22 @@ def test_time_order_cut_into_equal_parts(times):
     stream = PhaseStream.from_time(table(6, when=times), "when", 3, test_fraction=0)
     assert [rows_of(phase.train) for phase in stream] == [[1, 2], [0, 5], [4, 3]]
     assert [phase.name for phase in stream] == ["phase_1", "phase_2", "phase_3"]
+
+
+@pytest.mark.parametrize(
+    "times", [["2024-01", "2024-01-31", "2024"], ["20240131", "20231231"], ["01", "12"], ["2024-01-31T10:00:00"] * 2]
+)
+def test_texts_that_sort_as_dates_or_numbers_are_times(times):
+    stream = PhaseStream.from_time(table(len(times), when=times), "when", 1, test_fraction=0)
+    assert list(stream.phases[0].train["when"]) == sorted(times)
+
+
+@pytest.mark.parametrize(
+    "times", [["12/31/2023", "01/31/2024"], ["9", "10"], ["2024-9-1", "2024-10-1"], ["2024 May", "2024 Apr"], ["may"]]
+)
+def test_texts_whose_alphabetical_order_is_not_that_of_time_are_refused(times):
+    with pytest.raises(ValueError, match=f"'when' holds texts such as '{times[0]}'.*Write dates as 2024-01-31"):
+        PhaseStream.from_time(table(len(times), when=times), "when", 1)
 
 
 def test_rows_of_one_time_stay_in_the_order_stored():

@@ -236,6 +236,8 @@ def test_months_are_periods_too_and_what_is_no_time_is_named(cut):
     assert rows == held and list(rows) == [f"p 2020-0{month}" for month in range(1, 5)]
     with pytest.raises(ValueError, match="Phase 'p' of the protocol: Column 'value' holds what is no time"):
         cut([*times[1:], "soon"], time_column="value", test_fraction=0.1)
+    with pytest.raises(ValueError, match="numbers up to 2023, which are no seconds since 1970.*group_column"):
+        cut(list(range(2000, 2024)), time_column="value", test_fraction=0.1)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,14 @@ def test_months_are_periods_too_and_what_is_no_time_is_named(cut):
 def test_parts_that_make_no_sense_are_refused(cut, keys, message):
     with pytest.raises(ValueError, match=message):
         cut(**keys)
+
+
+def test_table_without_splits_is_no_test_of_itself(tmp_path):
+    labelled(12, SHAPES).save_to_disk(tmp_path / "shapes")
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump({"phases": [{"name": "p", "dataset": "shapes", "label_column": "label"}]}))
+    with pytest.raises(ValueError, match="Phase 'p' of the protocol: shapes has no splits"):
+        read_protocol(file).load(tmp_path)
 
 
 def test_random_weights_are_those_of_the_seed(model, processor, tmp_path):

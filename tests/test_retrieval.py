@@ -273,6 +273,12 @@ def test_a_test_set_of_one_row_is_embedded(model, processor):
     assert (len(found.image), len(found.text)) == (1, 2)
 
 
+def test_a_row_without_caption_is_named(model, processor):
+    rows = tiny_pairs(3).remove_columns(["caption", "pair_id"]).add_column("caption", ["a ring", None, "a bar"])
+    with pytest.raises(ValueError, match=r"Rows \[1\] have no caption"):
+        encode_pairs(model, PairDataset(rows, "image", "caption", "pair_id"), PairCollator(processor), batch_size=4)
+
+
 def test_the_metrics_name_the_side_that_has_no_match():
     ids, short = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 1])
     with pytest.raises(ValueError, match="1 of 3 images have no matching"):

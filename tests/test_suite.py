@@ -309,6 +309,8 @@ def test_what_is_wrong_in_the_file_is_named_with_its_test(declare, changes, mess
         (None, "needs a table to learn from"),
         (labelled(6).rename_column("label", "kind"), "train has no column 'label'"),
         (labelled(6).filter(lambda row: row["label"] == 0), "at least two classes to learn"),
+        (labelled(6), "train is the test's table"),
+        (labelled(12).cast_column("label", ClassLabel(names=SHAPES[::-1])), "'circle' in one is 'bar' in the other"),
     ],
 )
 def test_table_that_no_probe_can_learn_from_is_refused(train, message):

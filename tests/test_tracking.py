@@ -75,6 +75,12 @@ def test_longer_test_name_is_not_taken_for_a_shorter_ones_metric(run, recorder):
     assert not steps_of(recorder.points, "eval/a/b_loss")
 
 
+def test_phase_may_be_called_train(run, recorder):
+    run(stream(phases=("train",)), "recorder")
+    assert steps_of(recorder.points, "eval/train/loss") == [0, 2]
+    assert steps_of(recorder.points, "train/phase-1-train/train_loss") == [2]
+
+
 def test_tracker_that_serves_all_phases_is_shifted_once_each(run, recorder):
     run(stream(phases=("a", "b", "c")), "none", callbacks=[Recorder()])
     assert steps_of(recorder.points, "train/phase-3-c/loss") == [5, 6]

@@ -76,6 +76,15 @@ def with_images(table: Dataset, column: str) -> Dataset:
     return table.cast_column(column, datasets.Image())
 
 
+def require_table(table: Dataset) -> None:
+    """Raise a TypeError unless it is a `datasets.Dataset`, not several splits and not streamed."""
+    if not isinstance(table, Dataset):
+        raise TypeError(
+            f"Expected a datasets.Dataset, got {type(table).__name__}. Pass one split, not streamed: "
+            "load_dataset(..., split='train')."
+        )
+
+
 def require_columns(table: Dataset, name: str, **columns: str) -> None:
     """Raise a ValueError unless the table has all columns; its name and those of the options stand in the message."""
     for option, column in columns.items():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..embeddings import caption_padding, image_inputs, longest_caption, text_inputs
 from ..nearest import did_you_mean
 from .images import augment_affine_color, to_rgb
+from .loading import require_table
 
 INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 """Unicode's categories of control and format characters and of spaces."""
@@ -220,11 +221,7 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
         TypeError: not a `datasets.Dataset`, or a column of a wrong type.
         ValueError: a column is missing; the message names those that there are.
     """
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"Expected a datasets.Dataset, got {type(dataset).__name__}. Pass one split, not streamed: "
-            "load_dataset(..., split='train')."
-        )
+    require_table(dataset)
     for option, column in (("image_column", image_column), ("caption_column", caption_column)):
         if column not in dataset.column_names:
             near = did_you_mean(column, dataset.column_names)

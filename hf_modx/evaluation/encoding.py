@@ -78,7 +78,7 @@ def encode_pairs(
     The model is used unwrapped and is neither prepared nor switched to another mode.
 
     Raises:
-        ValueError: the test set has fewer rows than there are processes.
+        ValueError: the test set has fewer rows than there are processes, or a row without caption or image.
     """
     number = world_size()
     rank = dist.get_rank() if number > 1 else 0
@@ -125,6 +125,7 @@ class AllCaptions:
         self.collator = collator
 
     def __call__(self, pairs: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        self.collator.refuse_missing_captions([pair["row_id"] for pair in pairs if not pair["captions"]])
         captions = [(caption, pair) for pair in pairs for caption in pair["captions"]]
         return {
             **self.collator.pixels([pair["image"] for pair in pairs]),

@@ -112,7 +112,19 @@ class LabelTest(ABC):
         return len(self.dataset)
 
     def labels(self, table: Dataset) -> Tensor:
-        """(N,) the number of each row's class."""
+        """(N,) the number of each row's class.
+
+        Raises:
+            ValueError: labels of no class, or classes of other names than the test's; a list of `class_names` says
+                that the numbers mean the same.
+        """
+        ours, theirs = (getattr(part.features[self.label_column], "names", None) for part in (self.dataset, table))
+        if ours and theirs and ours != theirs and (self.class_names is None or isinstance(self.class_names, Mapping)):
+            one, other = next((pair for pair in zip(ours, theirs, strict=False) if pair[0] != pair[1]), (ours, theirs))
+            raise ValueError(
+                f"Column {self.label_column!r} of two tables has classes of other names or in another order: {one!r} "
+                f"in one is {other!r} in the other. Where the numbers mean the same, give class_names as a list."
+            )
         values = table.with_format(None)[self.label_column]
         unknown = [f"{value!r} (row {row})" for row, value in enumerate(values) if value not in self.classes]
         if unknown:
@@ -184,6 +196,8 @@ class LinearProbeTest(LabelTest):
         super().__post_init__()
         if self.train is None:
             raise ValueError("A linear probe needs a table to learn from: give train.")
+        if self.train._fingerprint == self.dataset._fingerprint:
+            raise ValueError("A linear probe learns from other rows than it is tested on: train is the test's table.")
         require_columns(self.train, "train", image_column=self.image_column, label_column=self.label_column)
         if len(self.labels(self.train).unique()) < 2:
             raise ValueError("A linear probe needs at least two classes to learn.")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset
-from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, DatasetCard, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from ..files import as_json
 from ..markdown import escaped, table
@@ -72,6 +73,12 @@ def load_stream(repo_id: str, *, revision: str | None = None, token: str | None 
         {name: part(split) for name, split in layout["extra_tests"].items()},
         tuple(layout.get("union_tests", ())),
     )
+
+
+def is_cached_stream(repo_id: str) -> bool:
+    """Whether the Hub's cache holds what a data set says of its phases, of whatever commit."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="dataset")
+    return any(folder.glob(f"snapshots/*/{LAYOUT}"))
 
 
 def _layout(stream: PhaseStream) -> tuple[dict[str, Any], DatasetDict]:

@@ -169,7 +169,10 @@ def _tables(entry: Mapping[str, Any], data_root: str | Path | None) -> tuple[Dat
     train = load_table(source_of(entry["dataset"], data_root), entry.get("train_split", "train"), config)
     if test_split is None or "test_fraction" in entry:
         return train, None
-    return train, load_table(source_of(entry.get("test_dataset", entry["dataset"]), data_root), test_split, config)
+    test = load_table(source_of(entry.get("test_dataset", entry["dataset"]), data_root), test_split, config)
+    if test._fingerprint == train._fingerprint:  # a folder of `save_to_disk` may hold a table without splits
+        raise ValueError(f"{entry['dataset']} has no splits: the test would be the table that is trained on.")
+    return train, test
 
 
 Made = Iterator[tuple[Phase, dict[str, EvaluationTest]]]

@@ -69,6 +69,11 @@ def _values(entry: Mapping[str, Any], table: Dataset) -> np.ndarray:
         return np.array(column_values(table, entry["group_column"]))
     times = pandas.Series(column_values(table, entry["time_column"]))
     unit = {"unit": "s"} if pandas.api.types.is_numeric_dtype(times) else {}
+    if unit and times.abs().max() < 10_000:
+        raise ValueError(
+            f"Column {entry['time_column']!r} holds numbers up to {times.max()}, which are no seconds since 1970. For "
+            "years, months or other numbers of periods give group_column."
+        )
     try:
         times = pandas.to_datetime(times, utc=True, **unit)
     except (ValueError, TypeError) as error:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..callbacks import LossCallback
-from ..phases import PhaseStream, content_fingerprint
+from ..phases import FINGERPRINT_ROWS, PhaseStream, content_fingerprint
 from ..training_args import ModXTrainingArguments
 
 # What decides the weights of a run: changing one of these makes it a different run.
@@ -126,8 +126,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
     if len(kept) > len(now["phases"]):
         found.append(f"it has {len(kept)} phases and {len(now['phases'])} are given")
     for number, (old, new) in enumerate(zip(kept, now["phases"], strict=False), start=1):
-        if old != new and not (known and old["name"] == new["name"] and old["rows"] > new["rows"]):
-            found.append(f"phase {number} was {old['name']!r} with other data than {new['name']!r}")
+        if old["name"] != new["name"]:
+            found.append(f"phase {number} was {old['name']!r} and is {new['name']!r}")
+        elif old != new and not (known and old["rows"] > new["rows"]):
+            found.append(
+                f"phase {number} was {old['name']!r} with other data (the number of rows and {FINGERPRINT_ROWS} of "
+                "them are compared, in all columns)"
+            )
     free = {phase["name"] for phase in later} | set(now.get("union_tests", ()))  # which hold what the others hold
     for name, old in before.get("tests", {}).items():
         if old != now["tests"].get(name, old) and name not in free:

@@ -1,6 +1,7 @@
 """The checks of a stream before any training: rows that cannot be used, images that leak, parts that are too small."""
 
 import logging
+from collections.abc import Sequence
 
 from datasets import Dataset
 
@@ -72,6 +73,21 @@ class StreamChecks:
         if bad:
             self.bad_samples[name] = self.bad_samples.get(name, []) + bad
         return drop_bad_samples(part, bad, self.args.bad_samples, name)
+
+
+def refuse_other_types(stream: PhaseStream, columns: Sequence[str]) -> None:
+    """Raise a TypeError unless each of the columns has one type in all training parts: what a recipe needs that puts
+    pairs of several phases into one table."""
+    known: dict[str, tuple[str, object]] = {}
+    for phase in stream.all_phases():
+        for column in set(columns) & set(phase.train.column_names):
+            feature = phase.train.features[column]
+            name, first = known.setdefault(column, (phase.name, feature))
+            if feature != first:
+                raise TypeError(
+                    f"Column {column!r} holds {first} in {name!r} and {feature} in {phase.name!r}, and this recipe "
+                    "puts pairs of several phases together. Give both one type, for instance with dataset.cast_column."
+                )
 
 
 def _refuse_unknown_pair_ids(stream: PhaseStream, column: str) -> None:

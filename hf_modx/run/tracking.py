@@ -60,7 +60,7 @@ def _log(
 
 def _named(logs: dict[str, Any], phase: str, tests: Sequence[str]) -> dict[str, Any]:
     """The integrations make `train/` of every name, and `eval/` of what begins with `eval_`."""
-    tests = [] if {"loss", "train_loss", "logit_scale"} & set(logs) else sorted(tests, key=len, reverse=True)
+    tests = [] if {"loss", "total_flos", "logit_scale"} & set(logs) else sorted(tests, key=len, reverse=True)
     named = {}
     for key, value in logs.items():
         metric = key.removeprefix("eval_")
