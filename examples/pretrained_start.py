@@ -35,10 +35,17 @@ class TowerArguments:
     projection_dim: int = field(default=256, metadata={"help": "Width of the embeddings."})
     dataset_name: str | None = field(default=None, metadata={"help": "Pairs to learn; default: a built-in base."})
     dataset_split: str = field(default="train", metadata={"help": "Of the data set."})
-    demo_stream: str = field(
-        default="domain",
-        metadata={"help": "The built-in stream whose base is learned.", "choices": sorted(DEMO_STREAMS)},
+    demo_stream: str | None = field(
+        default=None,
+        metadata={
+            "help": "The built-in stream whose base is learned; default: domain.",
+            "choices": sorted(DEMO_STREAMS),
+        },
     )
+
+    def __post_init__(self):
+        if self.dataset_name is not None and self.demo_stream is not None:
+            raise ValueError("--demo_stream does not go with --dataset_name.")
 
 
 DEFAULTS = {"max_steps": 500, "learning_rate": 1e-3, "freeze_vision_model": True, "freeze_text_model": True}
@@ -61,7 +68,7 @@ def main(argv: list[str]) -> None:
     set_seed(args.seed)  # of the projections
     model, processor = assembled(towers)
     if towers.dataset_name is None:
-        pairs = DEMO_STREAMS[towers.demo_stream](args.seed).base.train
+        pairs = DEMO_STREAMS[towers.demo_stream or "domain"](args.seed).base.train
     else:
         pairs = load_table(towers.dataset_name, towers.dataset_split)
     trainer = ModXTrainer(

@@ -250,7 +250,8 @@ class ModXTrainer(Trainer):
         does it by itself."""
         for callback in sorted(self.loss_callbacks, key=lambda c: (not c.owns_weights, not c.guards_weights)):
             callback.finish_phase(self._boundary())
-        self._phase_has_started = False  # to train on is to begin another one
+        # Training again starts the callbacks anew; the teacher and `phase_start` stay those of the model handed over.
+        self._phase_has_started = False
 
     def learn_from_base(self) -> None:
         """Let the loss callbacks that want it (`learns_from_base`) finish the training set as a phase, which the model

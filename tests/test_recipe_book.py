@@ -197,6 +197,13 @@ def test_own_callback_s_script_prints_the_matrix(tmp_path, monkeypatch, capsys):
 # ---- A start of two pretrained towers ----
 
 
+def test_towers_are_joined_on_one_data_set(capsys):
+    towers = ["--vision_model", "a", "--text_model", "b", "--output_dir", "out", "--use_cpu", "true"]
+    with pytest.raises(SystemExit):
+        pretrained_start.main([*towers, "--dataset_name", "my_data", "--demo_stream", "class"])
+    assert "--demo_stream does not go with --dataset_name" in capsys.readouterr().err
+
+
 @pytest.fixture
 def towers(tmp_path):
     """A tiny image tower and a tiny text tower in folders of their own."""

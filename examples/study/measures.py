@@ -16,8 +16,8 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 
 def measures(results: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The numbers of `DEFINITIONS` for one run, as fractions; `reached` is every test right after what teaches it, the
-    base included."""
+    """The numbers of `tables.DEFINITIONS` for one run, as fractions; `reached` is every test right after what teaches
+    it, the base included."""
     matrix, last = results["matrix"][metric], len(results["phases"])
     taught = [(test, phase) for test, phase in enumerate(results["learned_at"]) if isinstance(phase, int)]
     old = [(test, phase) for test, phase in taught if phase < last]

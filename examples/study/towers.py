@@ -94,7 +94,7 @@ def compare(model: Dinov2Model, graph) -> None:
     import onnxruntime
     from onnx import ValueInfoProto
 
-    [last] = [node.output[0] for node in graph.graph.node if node.name.startswith(LAST)][-1:]
+    *_, last = (node.output[0] for node in graph.graph.node if node.name.startswith(LAST))
     graph.graph.output.append(ValueInfoProto(name=last))
     picture = np.random.default_rng(0).standard_normal((1, 3, OWN_SIZE, OWN_SIZE), np.float32)
     session = onnxruntime.InferenceSession(graph.SerializeToString())
