@@ -604,7 +604,7 @@ class ContinualRun:
             "sources": {phase.name: data_source(phase.train) for phase in self.stream.all_phases()},
             "test_sources": {name: data_source(table) for name, table in self.tests.tables().items()},
             "bad_samples": {
-                name: {"count": len(bad), "first": [str(sample) for sample in bad[:10]]}
+                name: {"count": len(bad), "first": [sample.without_folder() for sample in bad[:10]]}
                 for name, bad in self.bad_samples.items()
                 if bad
             },

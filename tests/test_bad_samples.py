@@ -49,6 +49,17 @@ def test_every_usual_format_is_good(image_format):
     assert check(pairs(({"bytes": encoded(image_format), "path": None}, "a cat"))) == []
 
 
+def test_what_is_published_of_a_bad_sample_names_no_folder(tmp_path):
+    """results.json goes to the Hub."""
+    (tmp_path / "cat.jpg").write_text("no image")
+    rows = [(str(tmp_path / name), "a cat") for name in ("cat.jpg", "gone.png")]
+    bad = check(pairs((GOOD, "a cat"), *rows))
+    assert all(str(tmp_path) in str(sample) for sample in bad)
+    assert not any(str(tmp_path) in sample.without_folder() for sample in bad)
+    assert bad[0].without_folder().startswith("row 1: the image (cat.jpg) cannot be decoded")
+    assert "(gone.png)" in bad[1].without_folder()
+
+
 def test_truncated_image():
     assert "cannot be decoded" in only_problem({"bytes": encoded()[:200], "path": None})
 

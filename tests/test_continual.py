@@ -541,11 +541,19 @@ def test_caption_column_with_nulls_is_named(run):
 
 def test_bad_rows_are_skipped_and_counted_when_asked(run, make_args):
     data = broken(broken(tiny_pairs(12, start=36), 2, caption=[]), 5, image=None)
+    data = broken(data, 6, image={"bytes": b"no image", "path": "/home/me/cat.png"})
     continual = run(stream_with(data), args=make_args(max_steps=3, bad_samples="skip"))
     assert results(continual)["bad_samples"] == {
-        "bad (train)": {"count": 2, "first": ["row 2: the caption is empty", "row 5: the image is null"]}
+        "bad (train)": {
+            "count": 3,
+            "first": [
+                "row 2: the caption is empty",
+                "row 5: the image is null",
+                "row 6: the image (cat.png) cannot be decoded: it has no known image format",
+            ],
+        }
     }
-    assert results(continual)["training"][1]["pairs"] == 10
+    assert results(continual)["training"][1]["pairs"] == 9
 
 
 def test_phase_of_one_pair_is_refused(run):

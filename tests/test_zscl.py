@@ -231,6 +231,7 @@ def test_teacher_may_be_another_model(model, make_args, processor, pairs, refere
     other.save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other")
     callback = ReferenceDistillation(images=reference, teacher=str(tmp_path / "other"))
+    assert callback.teacher == "other"  # published in identities and cards, which name no folder of this machine
     train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), callback])
     with torch.no_grad():
         image, text = embeddings(other.eval(), processor, list(reference["image"]), reference_captions(reference))

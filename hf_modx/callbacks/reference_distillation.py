@@ -1,6 +1,7 @@
 """Distillation on reference data from the model that the run began with."""
 
 import os
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -92,7 +93,9 @@ class ReferenceDistillation(LossCallback):
             raise ValueError(f"temperature must be positive, got {temperature}.")
         if weight < 0:
             raise ValueError(f"The weight of the reference distillation must not be negative, got {weight}.")
-        self.teacher = str(teacher)
+        self._teacher = str(teacher)
+        # What a run's identity and its cards say, which are published: of a folder its name.
+        self.teacher = Path(teacher).resolve().name if os.path.isdir(teacher) else self._teacher
         self.images_per_step = images_per_step
         self.texts_per_step = images_per_step if texts_per_step is None and distill_text_tower else texts_per_step
         self.temperature = temperature
@@ -175,8 +178,8 @@ class ReferenceDistillation(LossCallback):
 
     def _ask_teacher(self, phase: PhaseBoundary) -> dict[str, Tensor]:
         model, collator = phase.model, phase.collator
-        if self.teacher not in ("initial", "previous"):
-            model, processor = load_dual_encoder(self.teacher, phase.args.device)
+        if self._teacher not in ("initial", "previous"):
+            model, processor = load_dual_encoder(self._teacher, phase.args.device)
             collator = PairCollator.for_model(model, processor)
         return embed_references(
             model,

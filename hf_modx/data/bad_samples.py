@@ -1,6 +1,7 @@
 """Finding the rows that cannot be trained on, before any training."""
 
 import io
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,19 @@ class BadSample:
     Attributes:
         row: its number in the table that was checked.
         problem: what is wrong, in words.
+        file: of the image as the data name it, with its folder; "" where they name none.
     """
 
     row: int
     problem: str
+    file: str = ""
 
     def __str__(self) -> str:
         return f"row {self.row}: {self.problem}"
+
+    def without_folder(self) -> str:
+        """The same in words that may leave this machine."""
+        return str(self).replace(self.file, os.path.basename(self.file)) if self.file else str(self)
 
 
 def find_bad_samples(
@@ -60,7 +67,7 @@ def find_bad_samples(
         example = raw[row]
         problem = _caption_problem(example[caption_column]) or _image_problem(example[image_column])
         if problem:
-            bad.append(BadSample(row, problem))
+            bad.append(BadSample(row, problem, (example[image_column] or {}).get("path") or ""))
     return bad
 
 
