@@ -599,7 +599,7 @@ class ContinualRun:
         return {
             "recipe": self.recipe_name,
             **self.table.results(number),
-            "training": [read_json(self.phase_folder(k) / "training.json") for k in range(1, number + 1)],
+            "training": [self._training_record(k) for k in range(1, number + 1)],
             "model": self.source,
             "sources": {phase.name: data_source(phase.train) for phase in self.stream.all_phases()},
             "test_sources": {name: data_source(table) for name, table in self.tests.tables().items()},
@@ -611,6 +611,14 @@ class ContinualRun:
             **self.deletions.results(number),
             **history_in_words(self._ids.get("history", []), self.identity, number),
         }
+
+    def _training_record(self, number: int) -> dict[str, Any] | None:
+        """Of a phase; where its folder is gone, what results.json knows of it."""
+        record = read_json(self.phase_folder(number) / "training.json")
+        if record is None:
+            known = (read_json(self.folder / RESULTS) or {}).get("training", [])
+            record = known[number - 1] if number <= len(known) else None
+        return record
 
     # ---- The Hub ----
 

@@ -216,8 +216,10 @@ def test_corrected_command_starts_over_where_nothing_was_trained(run, make_args,
 
 
 def test_phase_whose_folder_is_gone_is_not_trained_again(run, started_again, tmp_path):
+    before = json.loads((tmp_path / "out" / "results.json").read_text())
     shutil.rmtree(tmp_path / "out" / "phase-1")
     second = run(make_stream(3))
+    assert results(second)["training"][:2] == before["training"]
     assert not second.phase_folder(1).exists() and second.phase_folder(3).exists()
     assert results(second)["matrix"]["image_to_text_recall@1"][1][3] is None
 
