@@ -394,6 +394,12 @@ def test_tests_of_all_kinds_are_columns_of_one_matrix(finished):
     assert run.matrix().to_lists() == results["matrix"]["image_to_text_recall@1"]
 
 
+def test_tests_that_are_not_given_any_more_are_named(copied_args, caplog):
+    """With the next row, results.json is written without their columns."""
+    finish(copied_args, {"shapes": further_tests()["shapes"]})
+    assert "measured of yellow, probe" in caplog.text
+
+
 def test_median_ranks_stand_beside_the_matrix(finished):
     _, results = finished
     assert set(results["ranks"]) == {"image_to_text_median_rank", "text_to_image_median_rank"}

@@ -1,5 +1,6 @@
 """What the evaluations of a run have found, phase by phase."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from ..evaluation.cross_phase import CROSS_PHASE_METRICS
 from .disorder import disorder_results
 from .evaluation_notes import EvaluationNotes
 from .evaluation_tests import RANKS, RunTests
+
+logger = logging.getLogger(__name__)
 
 
 class RunResults:
@@ -34,6 +37,12 @@ class RunResults:
 
     def _read(self, results: Mapping[str, Any]) -> None:
         self.disorder = dict(enumerate(results.get("spatial_disorder", {}).get("phases", [])))
+        if lost := [test for test in results["tests"] if test not in self.tests.names]:
+            logger.warning(
+                "What was measured of %s leaves results.json with the next phase: the tests are not given any more. "
+                "Given again, they are measured anew on the phases whose folders are there.",
+                ", ".join(lost),
+            )
         matrices = {**results["matrix"], **results.get("ranks", {})}
         for number in range(len(next(iter(matrices.values())))):
             row: dict[str, dict[str, float]] = {}
