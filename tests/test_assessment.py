@@ -307,6 +307,7 @@ def test_built_in_streams_are_planned_as_they_are_trained(options, same_pair_id)
     [
         ("new", ["--sample", "0"], "A sample of 0 rows shows nothing"),
         ("new", ["--phase", "July"], "There is no phase July. The phases are: may, june"),
+        ("new", ["--pair_id_column", "product"], r"no column 'product' \(pair_id_column\)"),
         ("demo:new", [], "'new'.*class"),
     ],
 )

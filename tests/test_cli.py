@@ -154,6 +154,11 @@ def test_wrong_evaluations_end_with_the_reason(place, tmp_path, fails):
     assert "There is no split x. The splits are: may_train" in fails("evaluate", model, *data, "--split", "x")
     assert "no column 'text'" in fails("evaluate", model, *data, "--caption_column", "text")
     assert "--batch_size must be at least 1" in fails("evaluate", model, *data, "--batch_size", "0")
+    said = fails("evaluate", model, *data, "--pair_id_column", "pair_ids")
+    assert "no column 'pair_ids' (pair_id_column) in any part. Did you mean 'pair_id'?" in said
+    assert "--split does not go with --tests" in fails("evaluate", model, "--tests", "t.yaml", "--split", "test")
+    said = fails("evaluate", model, *data, "--demo_stream", "class")
+    assert "--demo_stream does not go with --tests or --dataset_name" in said
     assert "nowhere" in fails("evaluate", tmp_path / "nowhere", *data)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text('{"model_type": "bert"}')

@@ -33,6 +33,7 @@ from ..markdown import escaped, table
 from ..model_card.metadata import metric_name
 from ..phases import TRAIN, Phase, PhaseStream
 from ..pretrained import load_dual_encoder
+from ..run.stream_checks import refuse_unknown_pair_ids
 from ..training_args import ModXTrainingArguments
 
 DEMO = "demo"
@@ -75,6 +76,7 @@ def run(options: argparse.Namespace) -> None:
     args = planned(options, is_demo)
     phases = chosen_phases(stream, options.phase)
     old = stream.base if options.old is None else as_one_phase(stream_of(options.old, options))
+    refuse_unknown_pair_ids([part.train for part in [*phases, *filter(None, [old])]], options.pair_id_column)
     with redirect_stdout(sys.stderr):  # the log of the base's training is no JSON
         name = trained_base(stream, args) if options.model == DEMO and is_demo else options.model
     model, processor = load_dual_encoder(name, PartialState().device)

@@ -23,8 +23,9 @@ from ..evaluation import Encoder, LabelTest, RetrievalTest, encode_pairs, load_t
 from ..files import write_json
 from ..markdown import escaped, table
 from ..model_card.metadata import metric_name
-from ..phases import TEST
+from ..phases import TEST, PhaseStream
 from ..pretrained import load_dual_encoder
+from ..run.stream_checks import refuse_unknown_pair_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +42,7 @@ def add_test_arguments(parser: argparse.ArgumentParser) -> None:
         help="on the Hub, a folder written by save_to_disk, an image folder with metadata, or parquet files",
     )
     parser.add_argument("--dataset_config_name", help="configuration of the data set")
-    parser.add_argument(
-        "--demo_stream", default="domain", choices=DEMO_STREAMS, help="the built-in stream (default: domain)"
-    )
+    parser.add_argument("--demo_stream", choices=DEMO_STREAMS, help="the built-in stream (default: domain)")
     parser.add_argument(
         "--split", help="the tests, comma-separated. Default: all splits named test or ..._test, or the only split"
     )
@@ -80,9 +79,11 @@ def run(options: argparse.Namespace) -> None:
 
 def chosen_tests(options: argparse.Namespace) -> dict[str, PairDataset | LabelTest]:
     """The tests by name."""
+    refuse_contradictions(options)
     columns = (options.image_column, options.caption_column, options.pair_id_column)
     if options.tests is None:
         tables = tables_with_captions(options)
+        refuse_unknown_pair_ids(list(tables.values()), options.pair_id_column)
     else:
         declared = load_tests(options.tests)
         tables = {
@@ -101,10 +102,24 @@ def chosen_tests(options: argparse.Namespace) -> dict[str, PairDataset | LabelTe
     }
 
 
+def refuse_contradictions(options: argparse.Namespace) -> None:
+    """Raise a ValueError where an option would be without effect on the numbers."""
+    if options.tests is not None:
+        for name in ("split", "dataset_config_name"):
+            if getattr(options, name) is not None:
+                raise ValueError(f"--{name} does not go with --tests: the file says it of each test.")
+    if options.demo_stream is not None and (options.tests or options.dataset_name) is not None:
+        raise ValueError("--demo_stream does not go with --tests or --dataset_name.")
+
+
+def stream_of_drawings(options: argparse.Namespace) -> PhaseStream:
+    return DEMO_STREAMS[options.demo_stream or "domain"](options.seed)
+
+
 def tables_with_captions(options: argparse.Namespace) -> dict[str, Dataset]:
     """By name the splits of the data set that are tests, or the tests of a built-in stream."""
     if options.dataset_name is None:
-        found = {name: test for name, (test, _) in DEMO_STREAMS[options.demo_stream](options.seed).tests().items()}
+        found = {name: test for name, (test, _) in stream_of_drawings(options).tests().items()}
         wanted = list(found)
     else:
         found = dict(load_splits(options.dataset_name, options.dataset_config_name, options.image_column))

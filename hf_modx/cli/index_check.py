@@ -22,7 +22,6 @@ from datasets import Dataset
 
 from ..data import PairDataset
 from ..data.loading import at_most, concatenate_shared, load_splits
-from ..demo import DEMO_STREAMS
 from ..evaluation import EncodedPairs, fit_alignments, index_recalls
 from ..files import as_json, write_json
 from ..markdown import escaped, table
@@ -119,8 +118,7 @@ def training_splits(options: argparse.Namespace) -> dict[str, Dataset]:
         return {}
     if options.dataset_name is not None:
         return dict(load_splits(options.dataset_name, options.dataset_config_name, options.image_column))
-    stream = DEMO_STREAMS[options.demo_stream](options.seed)
-    return {phase.name + TRAIN: phase.train for phase in stream.all_phases()}
+    return {phase.name + TRAIN: phase.train for phase in evaluate.stream_of_drawings(options).all_phases()}
 
 
 def halves(encoded: Mapping[str, EncodedPairs], seed: int) -> tuple[list[EncodedPairs], dict[str, EncodedPairs]]:

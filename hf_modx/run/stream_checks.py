@@ -38,7 +38,8 @@ class StreamChecks:
             TypeError, ValueError: columns that are missing or of another type; rows that cannot be used, unless
                 `bad_samples="skip"`; parts that are too small. The message names them.
         """
-        _refuse_unknown_pair_ids(stream, self.args.pair_id_column)
+        parts = [*(part.train for part in stream.all_phases()), *(dataset for dataset, _ in stream.tests().values())]
+        refuse_unknown_pair_ids(parts, self.args.pair_id_column)
         stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
         _refuse_too_few_pairs(stream, self.args)
         if not stream.tests() and other_tests == 0:
@@ -90,9 +91,9 @@ def refuse_other_types(stream: PhaseStream, columns: Sequence[str]) -> None:
                 )
 
 
-def _refuse_unknown_pair_ids(stream: PhaseStream, column: str) -> None:
-    """The column may be missing only where its name is the default one: then no data need to have it."""
-    parts = [*(part.train for part in stream.all_phases()), *(dataset for dataset, _ in stream.tests().values())]
+def refuse_unknown_pair_ids(parts: Sequence[Dataset], column: str) -> None:
+    """Raise a ValueError where no part has the column of pair ids, unless its name is the default one: then no data
+    need to have it."""
     known = {name: None for part in parts for name in part.column_names}
     if column not in known and column != ModXTrainingArguments.pair_id_column:
         near = did_you_mean(column, known)
