@@ -15,6 +15,7 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
+from .data.image_cache import holds_resized_images
 from .data.overlap import image_digest, image_digests
 from .files import publish_folder, read_json, write_json
 from .hub.faults import HubError, RepositoryConflict
@@ -31,8 +32,7 @@ class Request:
 
     Attributes:
         pair_ids: rows of these ids.
-        images: rows with these images, by `image_digest` in hexadecimal digits. The memory of a run with an image
-            cache holds them resized, where only ids find them.
+        images: rows with these images, by `image_digest` in hexadecimal digits.
         after_phase: phases that were trained before; they may know the pairs.
         from_memory: rows that left the replay memory.
         is_done: they have left it.
@@ -66,7 +66,11 @@ class Deletions:
         return len(self.requests)
 
     def add(self, pair_ids: Iterable[int], images: Iterable[bytes]) -> Request:
-        """Write a request down and carry it out; killed in between, the run does the rest when it goes on."""
+        """Write a request down and carry it out; killed in between, the run does the rest when it goes on.
+
+        Raises:
+            ValueError: the memory shows neither ids nor images as they were, by which the pairs would be found.
+        """
         asked = tuple(sorted(set(pair_ids))), tuple(sorted({digest.hex() for digest in images}))
         request = Request(*asked, after_phase=self._trained())
         newest = max(self._tables(), default=None)
@@ -74,6 +78,11 @@ class Deletions:
         if request.pair_ids and table is not None and self.pair_id_column not in table.column_names:
             raise ValueError(
                 f"The pairs of this run have no column {self.pair_id_column!r}: no id names one. Ask for their images."
+            )
+        if request.images and table is not None and holds_resized_images(table, self.image_column):
+            raise ValueError(
+                f"{self.run / MEMORY} holds resized images (image_cache), among which none is found by its file. Ask "
+                "for pair ids alone, or delete that folder first: the run fills it again, without the pairs."
             )
         rows = self._matching(table, [request]) if table is not None else []
         self.requests.append(replace(request, from_memory=len(rows)))
@@ -188,8 +197,8 @@ def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ())
         images: files with their images, byte for byte as the data store them.
 
     Raises:
-        ValueError: the folder holds no run, one whose rollback is not finished, or one whose pairs have no ids and
-            are asked for by id; or nothing is asked.
+        ValueError: the folder holds no run, one whose rollback is not finished, or one whose memory has no ids and
+            is asked by id, or has resized images and is asked by image; or nothing is asked.
         OSError: an image file cannot be read.
     """
     record = read_json(run / RECORD)

@@ -238,6 +238,17 @@ def test_ids_that_can_name_no_pair_are_refused(run, tmp_path):
         ids_in(tmp_path / "ids.txt")
 
 
+def test_image_is_not_asked_for_where_the_memory_holds_resized_ones(run, tmp_path):
+    first = run(make_stream(1), image_cache=str(tmp_path / "cache"))
+    stored = make_stream(1).base.train.cast_column("image", Image(decode=False))[2]
+    (tmp_path / "asked.png").write_bytes(stored["image"]["bytes"])
+    with pytest.raises(ValueError, match="memory holds resized images .* or delete that folder first"):
+        forget(first.folder, images=[tmp_path / "asked.png"])
+    assert not (first.folder / "deleted.json").exists()
+    shutil.rmtree(first.folder / "memory")
+    assert forget(first.folder, images=[tmp_path / "asked.png"]).is_done
+
+
 def test_run_that_is_half_rolled_back_is_not_asked(run):
     first = run(make_stream(1))
     (first.folder / "rollback.json").write_text('{"to": 0}')

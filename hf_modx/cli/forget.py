@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..deletion import forget, tell_hub
 
-IMAGE = "pairs of these images, byte for byte as the data store them; a memory filled from --image_cache needs ids"
+IMAGE = "pairs of these images, byte for byte as the data store them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -82,6 +82,13 @@ def cache_resized_images(
     return _with_column(dataset, image_column, resized)
 
 
+def holds_resized_images(dataset: Dataset, image_column: str) -> bool:
+    """Whether some of the images are such as `cache_resized_images` makes them."""
+    raw = dataset.with_format(None).select_columns([image_column])
+    stored = (row[image_column] or {} for row in raw.cast_column(image_column, datasets.Image(decode=False)))
+    return any((image.get("bytes") or b"").startswith(b"P6") and image["path"] is None for image in stored)
+
+
 class _Resize:
     """What `Dataset.map` applies to every row: the stored image -> the resized one as PPM."""
 
