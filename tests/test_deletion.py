@@ -270,6 +270,8 @@ def test_fewer_rows_are_no_change_only_where_a_deletion_was_asked():
     assert len(changes(before, now)) == 2
     assert "start a new run from a finished phase: --model_name_or_path RUN/phase-K" in changes(before, now)[0]
     assert changes(before, {**now, "deletions": 1}) == []
+    cut = [{**identity, "tests": {"june": data}} for identity, data in ((before, "x"), ({**now, "deletions": 1}, "y"))]
+    assert "leaves tests as they are; to go on" in changes(*cut)[0]
     more = {**now, "deletions": 1, "phases": [{"name": "a", "rows": 10, "data": "y"}]}
     assert len(changes(before, more)) == 1
 

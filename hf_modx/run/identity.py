@@ -56,6 +56,12 @@ STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
 
 
+STAYING_TESTS = (
+    " (forgetting pairs leaves tests as they are; to go on without some of their rows, or where the data are cut anew "
+    "because they have fewer, start a new run from a finished phase: --model_name_or_path RUN/phase-K)"
+)
+
+
 def hyperparameters(args: ModXTrainingArguments) -> dict[str, Any]:
     """The values of `HYPERPARAMETERS` as JSON takes them, and those of an adapter where one is trained, and
     how the best weights are found where they are kept."""
@@ -136,7 +142,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
     free = {phase["name"] for phase in later} | set(now.get("union_tests", ()))  # which hold what the others hold
     for name, old in before.get("tests", {}).items():
         if old != now["tests"].get(name, old) and name not in free:
-            found.append(f"the test {name!r} had other data")
+            found.append(f"the test {name!r} had other data{STAYING_TESTS if known else ''}")
     return found
 
 
