@@ -103,6 +103,15 @@ def test_other_streams_are_refused(make_run):
         group_runs([make_run("modx", 0), other])
 
 
+def test_other_tests_of_one_seed_are_refused(make_run):
+    def other(identity, results):
+        identity["tests"]["first"] = "other rows"
+
+    with pytest.raises(ValueError, match="data of the test 'first' are not the same"):
+        group_runs([make_run("finetune", 0), make_run("modx", 0, change=other)])
+    assert group_runs([make_run("finetune", 0), make_run("modx", 1, change=other)])
+
+
 def test_folders_that_hold_no_run_are_named(tmp_path, make_run):
     with pytest.raises(ValueError, match=f"{tmp_path} holds no run"):
         read_run(tmp_path)
@@ -351,6 +360,16 @@ def test_report_says_what_training_and_evaluation_have_taken(make_run, tmp_path)
     write_report(runs, tmp_path / "report")
     lines = (tmp_path / "report" / "report.md").read_text().splitlines()
     assert next(line for line in lines if line.startswith("| modx | 0 |")).endswith("| 60, 7 |")
+
+
+def test_time_of_a_phase_that_was_interrupted_is_not_known(make_run, tmp_path):
+    """Its log begins where it went on."""
+
+    def resumed(identity, results):
+        results["training"][1]["resumed_at_step"] = 3
+
+    write_report(group_runs([make_run("modx", 0, change=resumed)]), tmp_path / "report")
+    assert "| seconds of training, of evaluation |" not in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.slow

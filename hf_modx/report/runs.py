@@ -68,7 +68,8 @@ def group_runs(runs: Sequence[RecordedRun]) -> dict[str, list[RecordedRun]]:
     than the seed, the name says in what, as in "modx (alpha 5.0)".
 
     Raises:
-        ValueError: no runs; runs of different streams, or not equally far; one seed of a recipe twice.
+        ValueError: no runs; runs of different streams, or not equally far; runs of one seed with other data in a
+            test; one seed of a recipe twice.
     """
     if not runs:
         raise ValueError("There is no run to report.")
@@ -102,6 +103,15 @@ def _refuse_other_streams(runs: Sequence[RecordedRun]) -> None:
                     f"{first.folder} and {run.folder} cannot be compared: the {what} are {ours} and {theirs}. Give "
                     "runs of one stream that are equally far."
                 )
+    of_seed: dict[tuple[Any, ...], RecordedRun] = {}
+    for run in runs:
+        other = of_seed.setdefault(run.seed, run)
+        ours, theirs = (one.identity.get("tests", {}) for one in (other, run))
+        if changed := [name for name, data in ours.items() if theirs.get(name, data) != data]:
+            raise ValueError(
+                f"{other.folder} and {run.folder} are of one seed and cannot be compared: the data of the test "
+                f"{changed[0]!r} are not the same. Give runs that were tested on the same rows."
+            )
 
 
 def _settings(run: RecordedRun) -> dict[str, Any]:

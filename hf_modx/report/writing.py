@@ -104,8 +104,10 @@ def _times(runs: Sequence[RecordedRun]) -> str:
 
 
 def _seconds(run: RecordedRun) -> list[float | None]:
-    """Of training and of evaluation, the evaluation of the start left out; None where a phase does not know."""
-    training = [(record or {}).get("train_runtime") for record in run.results["training"]]
+    """Of training and of evaluation, the evaluation of the start left out; None where a phase does not know, as one
+    that was interrupted, whose log begins where it went on."""
+    known = [record if record and "resumed_at_step" not in record else {} for record in run.results["training"]]
+    training = [record.get("train_runtime") for record in known]
     evaluation = run.results.get("evaluation_seconds", [None, None])[1:]
     return [None if None in seconds else sum(seconds) for seconds in (training, evaluation)]
 
