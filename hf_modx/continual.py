@@ -35,7 +35,7 @@ from .files import publish_file, publish_folder, read_json, write_json
 from .hub.publisher import Revision
 from .hub.run import RunOnHub
 from .interruption import StopOnSignal
-from .model_card import phase_config, write_phase_card
+from .model_card import card_loads, phase_config, write_phase_card
 from .phases import PhaseStream
 from .pretrained import load_model
 from .recipes import Part, build_recipe, check_teachers, recipe_name
@@ -589,10 +589,13 @@ class ContinualRun:
     def _write_results(self, number: int) -> None:
         """The card of a phase, and then the results, which make it a finished one."""
         results = self._results(len(self.table.rows) - 1)
+        self._write_card(number, results)
+        write_json(self.folder / RESULTS, results)
+
+    def _write_card(self, number: int, results: Mapping[str, Any]) -> None:
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}
         config = phase_config(self.folder, number)
         write_phase_card(self.phase_folder(number), self.identity, results, number, config=config, **published)
-        write_json(self.folder / RESULTS, results)
 
     def _results(self, number: int) -> dict[str, Any]:
         """The results as they are after a phase."""
@@ -638,8 +641,10 @@ class ContinualRun:
         title, parent = "Before the first phase", None
         if number:
             title, parent = f"Phase {number}: {self.stream.phases[number - 1].name}", self._parent(number)
-        record = {**self._record(), "phase": number}
-        return self.hub.revision(number, parent, title, run=record, results=self._results(number))
+        record, results, folder = {**self._record(), "phase": number}, self._results(number), self.phase_folder(number)
+        if folder.exists() and not card_loads(folder, self.hub.repo_id, folder.name):
+            self._write_card(number, results)  # it was finished before it was to be published here
+        return self.hub.revision(number, parent, title, run=record, results=results)
 
 
 def _state_of(checkpoint: str) -> TrainerState:

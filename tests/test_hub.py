@@ -305,6 +305,9 @@ def test_run_that_was_finished_without_the_hub_is_published_later(hub, make_run,
     run.run()
     assert (run.phase_folder(2) / "model.safetensors").stat().st_mtime_ns == stamp
     assert_published(hub, run)
+    for number in (0, 1, 2):
+        loading = f'from_pretrained("{REPO}", revision="phase-{number}")'
+        assert loading in content(hub, f"phase-{number}")["README.md"].decode()
     assert len(json.loads(content(hub, "phase-1")["results.json"])["training"]) == 1
 
 

@@ -124,6 +124,12 @@ def write_card_of_run(run: Path, number: int, folder: Path) -> None:
     write_phase_card(folder, identity, results, number, config=phase_config(run, number))
 
 
+def card_loads(folder: Path, repo_id: str, revision: str) -> bool:
+    """Whether the card in the folder of a phase says how to load this revision, and not the folder or another one."""
+    card = folder / "README.md"
+    return card.exists() and f"from_pretrained({_location(repo_id, revision)})" in card.read_text(encoding="utf-8")
+
+
 def phase_config(run: Path, number: int) -> dict[str, Any] | None:
     """The `config.json` of the model of a phase; an adapter has that of its base."""
     return read_json(run / f"phase-{number}" / "config.json") or read_json(run / "phase-0" / "config.json")
