@@ -323,6 +323,21 @@ def test_repository_and_data_are_collected_when_asked(hub, api, make_run):
     assert collection.title == "All months" and collection.private and len(collection.description) <= 150
 
 
+def test_data_set_that_comes_later_is_collected_too(hub, api, publisher):
+    api.create_repo(REPO)
+    for datasets in (["owner/may"], ["owner/june", "owner/may"]):
+        for dataset in datasets:
+            api.create_repo(dataset, repo_type="dataset", exist_ok=True)
+        again = publisher()
+        again.collect("All months", datasets)
+        assert again.missing == ()
+    (slug,) = hub.collections
+    assert [item.item_id for item in api.get_collection(slug).items] == [REPO, "owner/may", "owner/june"]
+    asked = len(hub.log)
+    publisher().collect("All months", ["owner/june", "owner/may"])
+    assert len(hub.log) == asked
+
+
 @pytest.mark.parametrize("name", ["resume_from_hub", "hub_collection"])
 def test_what_concerns_the_hub_needs_push_to_hub(make_args, name):
     with pytest.raises(ValueError, match=f"{name} needs push_to_hub"):

@@ -423,7 +423,8 @@ class HubPublisher:
     def collect(self, title: str, datasets: Iterable[str]) -> None:
         """Put the repository and the data sets, by their ids, into the collection of this title, made where there is
         none. A failure counts as missing."""
-        if self._known.get("collection") == title:
+        datasets = list(datasets)
+        if self._known.get("collection") == [title, *datasets]:  # next month's data may be another data set
             return
         owner = self.repo_id.split("/")[0]
         try:
@@ -437,7 +438,7 @@ class HubPublisher:
         except HubError as error:
             self.missing, self.reason = (*self.missing, f"the collection {title!r}"), str(error)
             return
-        self._remember(collection=title)
+        self._remember(collection=[title, *datasets])
 
     # ---- Fetching ----
 
