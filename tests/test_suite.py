@@ -250,6 +250,16 @@ def declare(tmp_path):
     return declare
 
 
+def test_pair_ids_that_are_not_declared_are_named(declare, caplog):
+    """A stream's own tests count rows of one id as right answers without being told."""
+    entry = {"name": "pairs", "kind": "retrieval", "dataset": tiny_pairs(4)}
+    load_tests(declare({**entry, "pair_id_column": "pair_id"}))
+    load_tests(declare({**entry, "dataset": tiny_pairs(4).remove_columns("pair_id")}))
+    assert not caplog.records
+    load_tests(declare(entry))
+    assert "declare pair_id_column: pair_id" in caplog.text
+
+
 def test_file_declares_tests_of_every_kind_and_source(declare, tmp_path):
     labelled(12, column="shape").to_parquet(tmp_path / "shapes.parquet")
     for shape in ("ring", "bar"):

@@ -11,6 +11,7 @@ YAML file.
 
 import difflib
 import hashlib
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ from ..prompts import TEMPLATES, check_templates
 from .encoding import Encoder
 from .linear_probe import linear_probe_accuracy
 from .zero_shot import class_embeds, per_class_top1, zero_shot_metrics
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,8 @@ KINDS = {
     "zero_shot": (ZeroShotTest, ("label_column", "class_names", "templates")),
     "linear_probe": (LinearProbeTest, ("label_column", "class_names")),
 }
+PAIR_IDS = "pair_id"
+"""What the column of pair ids is called in a stream unless told otherwise."""
 SOURCE = ("kind", "dataset", "config", "split", "max_samples")
 
 
@@ -288,7 +293,14 @@ def _declared(entry: dict[str, Any], source_of: Callable[[str], str]) -> Evaluat
     source, config = source_of(entry["dataset"]), entry.get("config")
     if test is LinearProbeTest:
         options["train"] = load_table(source, entry.get("train_split", "train"), config)
-    whole = test(load_table(source, entry.get("split", "test"), config), **options)
+    table = load_table(source, entry.get("split", "test"), config)
+    if test is RetrievalTest and "pair_id_column" not in entry and PAIR_IDS in table.column_names:
+        logger.warning(
+            "%s has a column %r, of which the test makes nothing: where rows of one id are right answers to each "
+            "other, declare pair_id_column: %s.",
+            source, PAIR_IDS, PAIR_IDS,
+        )  # fmt: skip
+    whole = test(table, **options)
     limit = entry.get("max_samples")
     if limit is None or limit >= len(whole.dataset):
         return whole
