@@ -92,6 +92,14 @@ def test_learning_rate_makes_another_group(make_run):
     assert list(groups) == ["modx (learning_rate 0.1)", "modx (learning_rate 0.2)"]
 
 
+def test_run_that_changed_its_settings_is_no_seed_of_one_that_did_not(make_run):
+    def other(identity, results):
+        results["changed_settings"] = [{"until_phase": 1, "changes": ["recipe was 'finetune' and is 'modx'"]}]
+
+    groups = group_runs([make_run("modx", 0), make_run("modx", 1, change=other)])
+    assert list(groups) == [f"modx (settings changed after phase {phase})" for phase in (None, 1)]
+
+
 def test_one_seed_twice_is_refused(make_run):
     with pytest.raises(ValueError, match="same seed of modx"):
         group_runs([make_run("modx", 0), make_run("modx", 0)])

@@ -120,6 +120,8 @@ def _settings(run: RecordedRun) -> dict[str, Any]:
     model = run.results.get("model") or {}
     start = {"model": model.get("repo_id", model.get("name")), "revision": model.get("revision")}
     others = {name: value for name, value in run.identity["hyperparameters"].items() if name not in SEEDS}
+    changed = ", ".join(str(entry["until_phase"]) for entry in run.results.get("changed_settings", [])) or None
+    start["settings changed after phase"] = changed  # a rollback permits it: earlier phases had another recipe
     return {**others, **start, "base_max_steps": run.identity.get("base_max_steps"), **options}
 
 
