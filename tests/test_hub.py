@@ -282,6 +282,12 @@ def test_repository_is_named_after_the_folder_unless_it_has_a_name(hub, make_run
     assert commits(hub, "main", "owner/catalogue")[-1] == CLAIM
 
 
+def test_folder_that_can_name_no_repository_is_told_of_at_once(make_run):
+    """The example's default for a combined recipe; the data are not looked at yet."""
+    with pytest.raises(ValueError, match=r"'modx\+er-seed0' cannot be .* Give hub_model_id another name"):
+        make_run(1, folder="modx+er-seed0", hub_model_id=None)
+
+
 def test_published_run_started_again_uploads_nothing(hub, finished):
     before = state_of(hub)
     already = len(uploads(hub))

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -60,7 +62,7 @@ class RunOnHub:
             `hub_collection`.
 
     Raises:
-        ValueError: `hub_revision` is given.
+        ValueError: `hub_revision` is given, or a name that no repository can have.
         HubAccessError: no token, or one that the Hub does not accept or that is for reading.
         HubError: the Hub does not answer, and the folder has never been published.
     """
@@ -69,8 +71,13 @@ class RunOnHub:
         if args.hub_revision is not None:
             raise ValueError("hub_revision is for a Trainer alone: every phase of a run has a branch of its own.")
         self.args, self.folder = args, Path(args.output_dir)
+        name = args.hub_model_id or self.folder.resolve().name
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(f"{name!r} cannot be a repository. Give hub_model_id another name. {error}") from None
         self.publisher = HubPublisher(
-            args.hub_model_id or self.folder.resolve().name,
+            name,
             self.folder,
             token=args.hub_token,
             private=args.hub_private_repo,
