@@ -353,9 +353,15 @@ class PhaseStream:
         )
 
 
-def content_fingerprint(dataset: Dataset) -> str:
+def content_fingerprint(dataset: Dataset, columns: Sequence[str] | None = None) -> str:
     """A hash of what a table holds, whatever file it comes from: the number of rows, the columns, and up to 64 rows
-    spread evenly over it (images as stored, undecoded; a file that the table only points to is read)."""
+    spread evenly over it (images as stored, undecoded; a file that the table only points to is read).
+
+    Args:
+        columns: those of them that the table has are looked at. Default: all.
+    """
+    if columns is not None:
+        dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
     stored = dataset.with_format("arrow")
     digest = hashlib.sha256(repr((len(dataset), dataset.column_names)).encode())
     for row in np.linspace(0, len(dataset) - 1, min(FINGERPRINT_ROWS, len(dataset)), dtype=int):
