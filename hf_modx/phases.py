@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -389,6 +389,8 @@ def column_values(dataset: Dataset, column: str) -> list:
         near = did_you_mean(column, dataset.column_names)
         raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
     values = list(dataset.with_format(None)[column])
+    if not all(isinstance(value, Hashable) for value in values):
+        raise ValueError(f"Column {column!r} holds {dataset.features[column]}: a row's phase is one text or number.")
     row = next((row for row, value in enumerate(values) if value is None or value != value), None)
     if row is not None:
         raise ValueError(f"Column {column!r} has nulls (first in row {row}): every row needs a phase.")
