@@ -318,6 +318,16 @@ def test_means_over_streams_say_of_how_many_forgetting_removed_is():
     assert tables.all_streams({"domain": one}) == []
 
 
+def test_time_of_a_step_is_that_of_phases_that_were_not_interrupted(tmp_path):
+    identity = {"recipe_args": {}, "phases": [{"rows": 8}, {"rows": 8}]}
+    (tmp_path / "run.json").write_text(json.dumps({"identity": identity}))
+    phase = {"starts_from": 1, "steps": 100, "train_runtime": 20.0, "pairs": 8}
+    resumed = phase | {"train_runtime": 1.0, "resumed_at_step": 95}
+    for training, time in (([phase, phase], "200"), ([phase, resumed], "200"), ([resumed], "not known")):
+        found = tables.costs(Cell("class", "er", 0, None, tmp_path, {"training": training}, "finished"))
+        assert found["ms a step"] == time
+
+
 @pytest.mark.parametrize("last", [{0: 0.4}, {0: 0.1, 1: 0.9}])
 def test_forgetting_removed_needs_forgetting_that_is_more_than_noise(last):
     finetune = {"reached": spread(dict.fromkeys(last, 0.6)), "last": spread(last)}

@@ -82,7 +82,8 @@ def costs(cell: Cell) -> dict[str, str]:
     if all(record["starts_from"] == 0 for record in training):
         training = training[-1:]
     steps = sum(record["steps"] for record in training)
-    seconds = sum(record["train_runtime"] or 0 for record in training)
+    timed = [record for record in training if record["train_runtime"] and "resumed_at_step" not in record]
+    seconds, timed_steps = (sum(record[name] for record in timed) for name in ("train_runtime", "steps"))
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
     live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
@@ -90,7 +91,7 @@ def costs(cell: Cell) -> dict[str, str]:
     extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),
-        "ms a step": f"{1000 * seconds / steps:.0f}" if steps else "0",
+        "ms a step": f"{1000 * seconds / timed_steps:.0f}" if timed else "not known" if steps else "0",
         "teacher passes a pair": "1" if any(callback.needs_teacher for callback in live) else "0",
         "stored pairs": f"{stored:,}",
         "extra data and passes": ", ".join(extra) or "none",
