@@ -294,10 +294,11 @@ class ModXTrainer(Trainer):
     def _cache_teacher(self) -> None:
         """Embed the phase with the teacher once, where that is possible and pays; the teacher then leaves memory."""
         if isinstance(self.teacher, CachedTeacher):
-            if self.train_dataset is not self._cached_dataset:
+            dataset, memory = self._cached_data
+            if self.train_dataset is not dataset or self.memory is not memory:
                 raise ValueError(
-                    "train_dataset is another one than the old model's embeddings were cached for. Make a new "
-                    "ModXTrainer for it, or set teacher_cache='off'."
+                    "train_dataset is another one, or the memory is, than the old model's embeddings were cached for. "
+                    "Make a new ModXTrainer for it, or set teacher_cache='off'."
                 )
             return
         dataset, pairs_seen = None, 0
@@ -307,7 +308,7 @@ class ModXTrainer(Trainer):
         cached = cache_for_phase(self.teacher, dataset, self.data_collator, self.accelerator, self.args, pairs_seen)
         if cached is not None:
             self.teacher.release()
-            self.teacher, self._cached_dataset = cached, self.train_dataset
+            self.teacher, self._cached_data = cached, (self.train_dataset, self.memory)
 
     def compute_loss(
         self,
