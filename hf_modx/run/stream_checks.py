@@ -8,6 +8,7 @@ from datasets import Dataset
 from ..data import check_columns, check_pair_ids
 from ..data.bad_samples import BadSample, drop_bad_samples, find_bad_samples
 from ..data.overlap import image_digests, shared_rows
+from ..data.pair_groups import arrangement_for
 from ..distributed import on_each_process, on_main_process, world_size
 from ..nearest import did_you_mean
 from ..phases import PhaseStream
@@ -39,6 +40,8 @@ class StreamChecks:
                 `bad_samples="skip"`; parts that are too small. The message names them.
         """
         _refuse_unknown_pair_ids(stream, self.args.pair_id_column)
+        for phase in stream:
+            arrangement_for(self.args, phase.train, has_columns=True)  # a Trainer refuses when its phase begins
         stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
         _refuse_too_few_pairs(stream, self.args)
         if not stream.tests() and other_tests == 0:
