@@ -93,6 +93,19 @@ def refuse_other_types(stream: PhaseStream, columns: Sequence[str]) -> None:
                 )
 
 
+def warn_of_lost_pair_ids(stream: PhaseStream, column: str) -> None:
+    """Say so where some phases have pair ids and others none: in one table of both there are none."""
+    without = [phase.name for phase in stream.all_phases() if column not in phase.train.column_names]
+    if 0 < len(without) < len(stream.all_phases()):
+        logger.warning(
+            "There is no column %r in %s. This recipe puts pairs of several phases together, and where some have no "
+            "ids, those of the others do not count: rows of one id are negatives of each other. Give the column to "
+            "all, with an id of its own for every row that belongs to no other.",
+            column,
+            ", ".join(map(repr, without)),
+        )
+
+
 def _refuse_unknown_pair_ids(stream: PhaseStream, column: str) -> None:
     """The column may be missing only where its name is the default one: then no data need to have it."""
     parts = [*(part.train for part in stream.all_phases()), *(dataset for dataset, _ in stream.tests().values())]
