@@ -200,6 +200,8 @@ class ScriptArguments:
             for name in ("phase_splits", "test_splits"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name} does not go with --phase_column or --num_phases.")
+        elif self.dataset_split is not None:
+            raise ValueError("--dataset_split, which is cut into phases, needs --phase_column or --num_phases.")
         if self.protocol is not None and self.dataset_name is not None:
             raise ValueError("--protocol has data of its own and does not go with --dataset_name.")
         if self.from_scratch and self.model_name_or_path is None:

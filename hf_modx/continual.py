@@ -6,7 +6,7 @@ import logging
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +58,7 @@ from .run.folder import (
     state_file,
 )
 from .run.identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
+from .run.lock import alone_in
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
 from .run.retention import RetentionTests, retention_budget, stopped_early
@@ -184,10 +185,15 @@ class ContinualRun:
         Raises:
             RepositoryConflict: the repository holds another run, or another folder has gone on with this one.
             UnpublishedPhases: all is trained and on the disk, but the Hub has not taken all of it.
+            BlockingIOError: another process is training in `output_dir`, or changing it.
             OSError: the disk has too little room for a phase, or was full.
             Interrupted: SIGTERM or SIGINT came; all that is done is on the disk.
         """
-        with self.stop, self.hub.alone() if self.hub is not None else nullcontext():
+        with ExitStack() as held:
+            held.enter_context(self.stop)
+            on_main_process(lambda: held.enter_context(alone_in(self.folder)))
+            if self.hub is not None:
+                held.enter_context(self.hub.alone())
             return self._run()
 
     def _run(self) -> EvaluationMatrix:

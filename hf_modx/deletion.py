@@ -21,6 +21,7 @@ from .hub.faults import HubError, RepositoryConflict
 from .hub.publisher import HubPublisher
 from .phases import PhaseStream
 from .run.folder import DELETED, MEMORY, PUBLISHED, RECORD, finished_rows, refuse_unfinished_rollback
+from .run.lock import alone_in
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,7 @@ def _number(folder: Path) -> int:
 
 
 def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ()) -> Request:
-    """Ask a run to forget pairs. It must not be training meanwhile.
+    """Ask a run to forget pairs.
 
     Args:
         run: its folder.
@@ -190,17 +191,23 @@ def forget(run: Path, pair_ids: Sequence[int] = (), images: Sequence[Path] = ())
     Raises:
         ValueError: the folder holds no run, one whose rollback is not finished, or one whose pairs have no ids and
             are asked for by id; or nothing is asked.
+        BlockingIOError: another process is training in the folder, or changing it.
         OSError: an image file cannot be read.
     """
-    record = read_json(run / RECORD)
-    if record is None:
+    if not (run / RECORD).exists():
         raise ValueError(f"{run} holds no run: there is no {RECORD}.")
     if not pair_ids and not images:
         raise ValueError("Say which pairs to forget: ids, images or both.")
+    with alone_in(run):
+        return _forget(run, pair_ids, [image_digest(path.read_bytes()) for path in images])
+
+
+def _forget(run: Path, pair_ids: Sequence[int], images: Sequence[bytes]) -> Request:
     refuse_unfinished_rollback(run)
+    record = read_json(run / RECORD)
     settings = record["identity"]["hyperparameters"]
     deletions = Deletions(run, (settings["image_column"], settings["pair_id_column"]))
-    request = deletions.add(pair_ids, [image_digest(path.read_bytes()) for path in images])
+    request = deletions.add(pair_ids, images)
     record["identity"]["deletions"] = len(deletions)
     write_json(run / RECORD, record)
     return request

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -353,9 +353,15 @@ class PhaseStream:
         )
 
 
-def content_fingerprint(dataset: Dataset) -> str:
+def content_fingerprint(dataset: Dataset, columns: Sequence[str] | None = None) -> str:
     """A hash of what a table holds, whatever file it comes from: the number of rows, the columns, and up to 64 rows
-    spread evenly over it (images as stored, undecoded; a file that the table only points to is read)."""
+    spread evenly over it (images as stored, undecoded; a file that the table only points to is read).
+
+    Args:
+        columns: those of them that the table has are looked at. Default: all.
+    """
+    if columns is not None:
+        dataset = dataset.select_columns([column for column in columns if column in dataset.column_names])
     stored = dataset.with_format("arrow")
     digest = hashlib.sha256(repr((len(dataset), dataset.column_names)).encode())
     for row in np.linspace(0, len(dataset) - 1, min(FINGERPRINT_ROWS, len(dataset)), dtype=int):
@@ -383,6 +389,8 @@ def column_values(dataset: Dataset, column: str) -> list:
         near = did_you_mean(column, dataset.column_names)
         raise ValueError(f"There is no column {column!r}.{near} The columns are: {', '.join(dataset.column_names)}.")
     values = list(dataset.with_format(None)[column])
+    if not all(isinstance(value, Hashable) for value in values):
+        raise ValueError(f"Column {column!r} holds {dataset.features[column]}: a row's phase is one text or number.")
     row = next((row for row, value in enumerate(values) if value is None or value != value), None)
     if row is not None:
         raise ValueError(f"Column {column!r} has nulls (first in row {row}): every row needs a phase.")

@@ -35,6 +35,7 @@ from .run.folder import (
     state_file,
 )
 from .run.identity import setting_changes
+from .run.lock import alone_in
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def rollback(run: Path, number: int) -> list[str]:
     may then go on with other settings and other data for the phases after this one (see `reopen`).
 
     Args:
-        run: its folder. Nobody may be training in it.
+        run: its folder.
         number: of a finished phase.
 
     Returns:
@@ -58,15 +59,20 @@ def rollback(run: Path, number: int) -> list[str]:
     Raises:
         ValueError: the folder holds no run, the phase is not finished or its model is gone, or another rollback has to
             be finished first.
+        BlockingIOError: another process is training in the folder, or changing it.
         RepositoryConflict: another folder has gone on with the run on the Hub, or is publishing.
         HubError: the Hub refuses it, or does not answer.
     """
-    record = read_json(run / RECORD)
-    if record is None:
+    if not (run / RECORD).exists():
         raise ValueError(f"{run} holds no run: there is no {RECORD} in it.")
+    with alone_in(run):
+        return _rollback(run, number)
+
+
+def _rollback(run: Path, number: int) -> list[str]:
     _check(run, number)
     deletions = Deletions(run, ("", ""))  # which asks for no columns
-    record = _record_after(record, number, len(deletions))
+    record = _record_after(read_json(run / RECORD), number, len(deletions))
     results = _results_after(read_json(run / RESULTS), number) | deletions.results(number)
     published = read_json(run / PUBLISHED)
     if published is None:

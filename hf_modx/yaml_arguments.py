@@ -22,7 +22,8 @@ def yaml_to_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
     becomes JSON.
 
     Raises:
-        ValueError: not a mapping, or a key that is no flag; the message suggests the nearest one.
+        ValueError: not a mapping, a key that is no flag (the message suggests the nearest one), or a list where a flag
+            takes one value.
     """
     content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)  # nosec B506 # it makes strings only
     if not isinstance(content, dict):
@@ -35,6 +36,8 @@ def yaml_to_flags(path: Path, parser: argparse.ArgumentParser) -> list[str]:
         if isinstance(value, dict):
             value = json.dumps(_typed(value))
         if isinstance(value, list):
+            if parser._option_string_actions[f"--{key}"].nargs not in ("+", "*"):
+                raise ValueError(f"{path}: {key} takes one value, not the list {value}.")
             flags += [f"--{key}", *(item if isinstance(item, str) else json.dumps(_typed(item)) for item in value)]
         elif value not in UNSET:
             flags += [f"--{key}={value}"]

@@ -281,6 +281,13 @@ def test_finished_run_is_not_done_again(run, started_again, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")} == stamps
 
 
+def test_columns_that_are_not_trained_on_may_change(run, started_again, tmp_path):
+    priced = make_stream().map_parts(lambda name, part: part.add_column("price", list(range(len(part)))))
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    run(priced)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")} == stamps
+
+
 def test_more_phases_train_only_the_new_ones(run, finished, started_again, tmp_path):
     stamp = (tmp_path / "out" / "phase-2" / "model.safetensors").stat().st_mtime_ns
     second = run(make_stream(3))

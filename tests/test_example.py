@@ -167,6 +167,12 @@ def test_split_to_cut_into_phases_is_not_chosen_among_several(start, tmp_path):
     continual_clip.main([*QUICK, *flags, "--dataset_split", "phase_2_train"])
 
 
+def test_split_to_cut_is_not_ignored_where_nothing_is_cut(capsys):
+    with pytest.raises(SystemExit):
+        continual_clip.main([*QUICK, "--dataset_name", "data", "--dataset_split", "b", "--phase_splits", "a,b"])
+    assert "--dataset_split, which is cut into phases, needs" in capsys.readouterr().err
+
+
 def test_sizes_can_be_limited(example, tmp_path):
     named_splits().save_to_disk(tmp_path / "data")
     flags = ["--dataset_name", str(tmp_path / "data"), "--max_train_samples", "10", "--max_eval_samples", "5"]

@@ -27,6 +27,7 @@ from hf_modx import ContinualRun, ModXTrainer, PhaseStream
 from hf_modx.hub import HubAccessError, HubError, RepositoryConflict, UnpublishedPhases
 from hf_modx.hub.faults import limit_silence
 from hf_modx.hub.publisher import HubPublisher, Revision
+from hf_modx.run.lock import LOCK
 
 from hub_fixtures import TESTS, run_with_hub
 from hub_server import OWNER, READER, STRANGER, Faults
@@ -126,7 +127,8 @@ def state_of(hub):
 
 
 def on_disk(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def uploads(hub):

@@ -161,6 +161,12 @@ def test_nulls_are_refused_with_the_first_row(make):
 
 
 @pytest.mark.parametrize("make", [PhaseStream.from_column, lambda *a: PhaseStream.from_time(*a, 2)])
+def test_a_column_of_lists_is_refused(make):
+    with pytest.raises(ValueError, match="'styles' holds List.*one text or number"):
+        make(table(2, styles=[["a"], ["a", "b"]]), "styles")
+
+
+@pytest.mark.parametrize("make", [PhaseStream.from_column, lambda *a: PhaseStream.from_time(*a, 2)])
 def test_a_missing_column_is_named_with_those_that_there_are(make):
     with pytest.raises(ValueError, match=r"no column 'stile'\. Did you mean 'style'\? The columns are: n, style"):
         make(table(6, style=STYLES), "stile")

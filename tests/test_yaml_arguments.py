@@ -157,6 +157,10 @@ def test_unknown_key_like_no_other_is_named(usage_error):
     assert "no option 'zzzzzzz'.\n" in usage_error("zzzzzzz: 1")
 
 
+def test_list_for_one_value_is_named(usage_error):
+    assert "config.yaml: learning_rate takes one value, not the list" in usage_error("learning_rate: [1e-4, 1e-3]")
+
+
 def test_unknown_flag_is_named(usage_error):
     assert "--learning_rte" in usage_error("num_phases: 3", "--learning_rte", "1")
 

@@ -1,7 +1,7 @@
 """What a frozen model says to new data, and how these differ from the old ones."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -137,6 +137,8 @@ def assess(
         captions = columns[1] if mask_duplicates else None
         return Arrangement(pairs_in_batch, table, columns[2], captions) if pairs_in_batch != "any" else None
 
+    if old is not None and old.name == new.name:
+        old = replace(old, name=f"{old.name} (old)")
     parts = _Parts(encoder, columns, sample, seed)
     whole_groups = arrangement(new.train) if pairs_in_batch == "together" else None
     train = parts.embedded(new.train, new.name, whole_groups)

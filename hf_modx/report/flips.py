@@ -59,7 +59,7 @@ def find_tests(run: RecordedRun, found: Iterable[Dataset]) -> dict[str, Dataset]
     for dataset in found:
         for size in {len(dataset), *(size for size in sizes if size < len(dataset))}:
             part = at_most(dataset, size, seed)
-            if (name := names.get(content_fingerprint(part))) is not None:
+            if (name := names.get(content_fingerprint(part, _columns(run)))) is not None:
                 tests[name] = part
         if len(tests) == len(names):
             break

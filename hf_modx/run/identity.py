@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 
 from ..callbacks import LossCallback
@@ -71,16 +72,17 @@ def run_identity(
     stream: PhaseStream,
 ) -> dict[str, Any]:
     """All that decides the weights and the matrix of a run, as JSON takes it, but for the start weights (`start`)."""
+
+    def data(part: Dataset) -> str:
+        return content_fingerprint(part, args.pair_columns)  # others, as a price, may change from month to month
+
     return {
         "recipe": recipe,
         "recipe_args": {type(callback).__name__: _options(callback) for callback in callbacks},
         "hyperparameters": hyperparameters(args) | _of_pairs_together(args, stream),
-        "base": content_fingerprint(stream.base.train) if stream.base is not None else None,
-        "phases": [
-            {"name": phase.name, "rows": len(phase.train), "data": content_fingerprint(phase.train)}
-            for phase in stream
-        ],
-        "tests": {name: content_fingerprint(dataset) for name, (dataset, _) in stream.tests().items()},
+        "base": data(stream.base.train) if stream.base is not None else None,
+        "phases": [{"name": phase.name, "rows": len(phase.train), "data": data(phase.train)} for phase in stream],
+        "tests": {name: data(dataset) for name, (dataset, _) in stream.tests().items()},
         "union_tests": list(stream.union_tests),
     }
 
@@ -131,7 +133,7 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
         elif old != new and not (known and old["rows"] > new["rows"]):
             found.append(
                 f"phase {number} was {old['name']!r} with other data (the number of rows and {FINGERPRINT_ROWS} of "
-                "them are compared, in all columns)"
+                "them are compared, in the columns of images, captions and pair ids)"
             )
     free = {phase["name"] for phase in later} | set(now.get("union_tests", ()))  # which hold what the others hold
     for name, old in before.get("tests", {}).items():
