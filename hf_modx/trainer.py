@@ -170,6 +170,7 @@ class ModXTrainer(Trainer):
         self._reading: PatientBatches | None = None
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # terms of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
+        self._makes_optimizer = optimizers[0] is None
         self._along = CallbackModules(lambda: self.loss_callbacks)
         self.add_callback(self._along)
         self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
@@ -485,7 +486,7 @@ class ModXTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if created and self.args.learning_rate_of_text is not None:
             give_own_learning_rate(optimizer, self.model, self.args.learning_rate_of_text)
-        if created:
+        if self._makes_optimizer:  # the modules may be others than when it was made
             self._along.join(optimizer, self.args.weight_decay)
         if not self._along.are_in(optimizer):
             raise ValueError(
