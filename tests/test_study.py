@@ -308,7 +308,7 @@ def test_means_over_streams_say_of_how_many_forgetting_removed_is():
     def recipe(last, removed, plasticity):
         own = {"last": spread({0: last}), "union": spread({0: last / 2})}
         own |= {"forgetting_removed": removed, "relative_plasticity": plasticity, "relative_forgetting": last}
-        return {METRIC: own}
+        return dict.fromkeys(tables.SHOWN, own)
 
     one = {"finetune": recipe(0.1, 0.0, 1.0), "er": recipe(0.2, 0.5, 0.8), "kl": recipe(0.2, 0.5, 0.8)}
     two = {"finetune": recipe(0.3, 0.0, 1.0), "er": recipe(0.5, None, 0.6)}

@@ -6,7 +6,7 @@ figures (with the `plots` extra) and `cards/`.
 
 import csv
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,13 @@ EXTRA = {
 }
 """What a callback takes that is no replayed pair and no pass of the teacher over the batch."""
 
+SHOWN, BESIDE = (METRICS[0], METRICS[2]), (METRICS[1], METRICS[3])
+"""Metrics with tables of their own, and those told of the end alone."""
+
 DEFINITIONS = """\
 In percent; mean ± standard deviation over the seeds. A test's gallery is the test itself; every test shows drawings
-that were never trained on.
+that were never trained on. Recall@1 counts the images whose own caption comes first; their mean reciprocal rank sees
+every rank, so that seeds differ less in it.
 
 - plasticity: what a phase's test reaches right after its phase, mean over phases. Relative: over fine-tuning's.
 - old, end: mean over the tests of the base and of all phases but the last, after the last phase.
@@ -103,9 +107,12 @@ def all_streams(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     if len(found) < 2:
         return []
     shared = [name for name in next(iter(found.values())) if all(name in recipes for recipes in found.values())]
-    rows = [[name, *means([recipes[name][METRIC] for recipes in found.values()])] for name in shared]
     columns = ["recipe", "forgetting removed", "relative forgetting", "relative plasticity", "last", "union"]
-    return [f"## Mean over {', '.join(found)}", "", table(columns, rows), ""]
+    lines = [f"## Mean over {', '.join(found)}", ""]
+    for metric in SHOWN:
+        rows = [[name, *means([recipes[name][metric] for recipes in found.values()])] for name in shared]
+        lines += [f"{metric_name(metric)}:", "", table(columns, rows), ""]
+    return lines
 
 
 def means(streams: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -190,27 +197,32 @@ def devices(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
 
 
 def overview(found: Mapping[str, Any], recipes: Mapping[str, Mapping[int, Cell]]) -> list[str]:
-    def part(metric: str, name: str) -> Callable[[Mapping], str]:
-        return lambda own: plus_minus(own[metric][name]) if name in own[metric] else "no such test"
+    """A table a metric, and what of other metrics is told at the end."""
+    lines = []
+    for metric in SHOWN:
+        rows = [[name, seeds(recipes[name]), *measured(own[metric]).values()] for name, own in found.items()]
+        columns = measured(next(iter(found.values()))[metric])
+        lines += [f"{metric_name(metric)}:", "", table(["recipe", "seeds", *columns], rows), ""]
+    rows = [[name, *(plus_minus(own[metric]["last"]) for metric in BESIDE)] for name, own in found.items()]
+    lines += ["At the end, all tests:", "", table(["recipe", *map(metric_name, BESIDE)], rows)]
+    return lines
 
-    columns: dict[str, Callable[[Mapping], str]] = {
-        "plasticity": part(METRIC, "plasticity"),
-        "old, end": part(METRIC, "old"),
-        "last": part(METRIC, "last"),
-        "last - finetune": lambda own: difference(own[METRIC].get("last_less_finetune")),
-        "forgetting": part(METRIC, "forgetting"),
-        "forgetting - finetune": lambda own: difference(own[METRIC].get("forgetting_less_finetune")),
-        "relative forgetting": lambda own: percent(own[METRIC].get("relative_forgetting")),
-        "forgetting removed": lambda own: percent(own[METRIC].get("forgetting_removed")),
-        "relative plasticity": lambda own: percent(own[METRIC].get("relative_plasticity")),
-        "gap to joint": lambda own: difference(own[METRIC].get("gap_to_joint")),
-        "union": part(METRIC, UNION),
-        "last R@5": part(METRICS[1], "last"),
-        "last MRR": part(METRICS[2], "last"),
-        "last T2I R@1": part(METRICS[3], "last"),
+
+def measured(own: Mapping[str, Any]) -> dict[str, str]:
+    """The numbers of a recipe in one metric, under the names of `DEFINITIONS`."""
+    return {
+        "plasticity": plus_minus(own["plasticity"]),
+        "old, end": plus_minus(own["old"]),
+        "last": plus_minus(own["last"]),
+        "last - finetune": difference(own.get("last_less_finetune")),
+        "forgetting": plus_minus(own["forgetting"]),
+        "forgetting - finetune": difference(own.get("forgetting_less_finetune")),
+        "relative forgetting": percent(own.get("relative_forgetting")),
+        "forgetting removed": percent(own.get("forgetting_removed")),
+        "relative plasticity": percent(own.get("relative_plasticity")),
+        "gap to joint": difference(own.get("gap_to_joint")),
+        "union": plus_minus(own[UNION]) if UNION in own else "no such test",
     }
-    rows = [[name, seeds(recipes[name]), *(show(own) for show in columns.values())] for name, own in found.items()]
-    return ["Image-to-text recall@1 where nothing else is said.", "", table(["recipe", "seeds", *columns], rows)]
 
 
 def by_test(recipes: Mapping[str, Mapping[int, Cell]]) -> str:
