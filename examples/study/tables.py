@@ -137,6 +137,8 @@ def chapter(cells: Sequence[Cell]) -> str:
             "",
             *overview(found, recipes),
             "",
+            f"{metric_name(METRIC)} of each test:",
+            "",
             by_test(recipes),
             "",
             *prices(recipes),
