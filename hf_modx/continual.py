@@ -62,7 +62,7 @@ from .run.lock import alone_in
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
 from .run.retention import RetentionTests, retention_budget, stopped_early
-from .run.stream_checks import StreamChecks, refuse_other_types
+from .run.stream_checks import StreamChecks, refuse_other_types, warn_of_lost_pair_ids
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
 from .teacher.cache import CachedTeacher
@@ -150,6 +150,7 @@ class ContinualRun:
         self.disorder, self.cross_phase = RunDisorder(self._encode), RunCrossPhase(self._encode)
         if self.memory is not None or not self._trains_on_phases_alone:
             refuse_other_types(self.tests.stream, self.args.pair_columns)
+            warn_of_lost_pair_ids(self.tests.stream, self.args.pair_id_column)
         checks = StreamChecks(args)
         stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
         self.bad_samples = checks.bad_samples

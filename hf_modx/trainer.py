@@ -170,6 +170,7 @@ class ModXTrainer(Trainer):
         self._reading: PatientBatches | None = None
         self._computed: tuple[dict[str, Tensor], PairEmbeddings, Tensor] | None = None  # terms of the last loss
         self._held: list[dict[str, Tensor]] = []  # batches of the optimizer step, with the gradient cache
+        self._makes_optimizer = optimizers[0] is None
         self._along = CallbackModules(lambda: self.loss_callbacks)
         self.add_callback(self._along)
         self.on_encoded: Callable[[str, EncodedPairs], None] | None = None
@@ -294,10 +295,11 @@ class ModXTrainer(Trainer):
     def _cache_teacher(self) -> None:
         """Embed the phase with the teacher once, where that is possible and pays; the teacher then leaves memory."""
         if isinstance(self.teacher, CachedTeacher):
-            if self.train_dataset is not self._cached_dataset:
+            dataset, memory = self._cached_data
+            if self.train_dataset is not dataset or self.memory is not memory:
                 raise ValueError(
-                    "train_dataset is another one than the old model's embeddings were cached for. Make a new "
-                    "ModXTrainer for it, or set teacher_cache='off'."
+                    "train_dataset is another one, or the memory is, than the old model's embeddings were cached for. "
+                    "Make a new ModXTrainer for it, or set teacher_cache='off'."
                 )
             return
         dataset, pairs_seen = None, 0
@@ -307,7 +309,7 @@ class ModXTrainer(Trainer):
         cached = cache_for_phase(self.teacher, dataset, self.data_collator, self.accelerator, self.args, pairs_seen)
         if cached is not None:
             self.teacher.release()
-            self.teacher, self._cached_dataset = cached, self.train_dataset
+            self.teacher, self._cached_data = cached, (self.train_dataset, self.memory)
 
     def compute_loss(
         self,
@@ -484,7 +486,7 @@ class ModXTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         if created and self.args.learning_rate_of_text is not None:
             give_own_learning_rate(optimizer, self.model, self.args.learning_rate_of_text)
-        if created:
+        if self._makes_optimizer:  # the modules may be others than when it was made
             self._along.join(optimizer, self.args.weight_decay)
         if not self._along.are_in(optimizer):
             raise ValueError(

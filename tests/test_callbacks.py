@@ -335,6 +335,17 @@ def test_ewc_without_a_phase_before_is_plain_fine_tuning(model, make_args, proce
     assert largest_difference(weights(model), weights(other)) == 0
 
 
+def test_fisher_matrix_is_finite_where_the_scaled_loss_of_fp16_overflows(model, make_args, processor, pairs):
+    ewc = EWC(batches=2)
+    trainer = trainer_of(model, make_args(), processor, pairs, [Contrastive(), ewc])
+    # A scale at which fp32 overflows as fp16 does at the usual one, for want of fp16 on this machine.
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    trainer.learn_from_base()
+    expected = fisher_by_hand(model.eval(), trainer, 2)
+    for name, found in ewc.state_dict().items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-3, atol=1e-6)
+
+
 def test_fisher_matrix_is_taken_at_the_weights_that_the_phase_leaves(make_args, processor, pairs):
     model, ewc = tiny_clip(processor).double(), EWC(batches=2)
     trainer = train(model, make_args(), processor, pairs, [Contrastive(), ewc, WiseFT(0.3)])

@@ -113,6 +113,17 @@ def test_projector_is_made_anew_from_the_seed_of_the_phase(model, make_args):
     assert torch.equal(projector(1), projector(1)) and not torch.equal(projector(1), projector(2))
 
 
+def test_trainer_that_is_trained_again_trains_the_projector_made_anew(model, make_args):
+    trainer = trainer_of(model, make_args(max_steps=2), "cclip")
+    trainer.train()
+    first = copy.deepcopy(trainer.loss_callbacks[1].modules()["projector"].state_dict())
+    trainer.train()
+    second = trainer.loss_callbacks[1].modules()["projector"].state_dict()
+    trainer._start_phase()
+    untrained = trainer.loss_callbacks[1].modules()["projector"].state_dict()
+    assert all(not torch.equal(second[name], other[name]) for other in (first, untrained) for name in second)
+
+
 def test_model_without_adapter_is_warned_of(model, make_args, caplog):
     trainer_of(model, make_args(), "cclip")._start_phase()
     assert 'Set peft="lora"' in caplog.text

@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from test_distributed import arguments, largest_difference
 from test_losses import BOTH_IDS, EXACT, IDS, Batch, SigmoidBatch, assert_same_gradients, old_model_of_matrix
 
-from hf_modx import Contrastive, ModXTrainer, Phase, PhaseStream
+from hf_modx import ContinualRun, Contrastive, ModXTrainer, Phase, PhaseStream
 from hf_modx.data.pair_groups import Arrangement
 from hf_modx.data.sampling import GlobalBatches
 from hf_modx.losses import affinity_distillation, info_nce
 from hf_modx.run.identity import changes, run_identity
+from hf_modx.run.stream_checks import StreamChecks
 
 from launch import launch
 from tiny import tiny_clip, tiny_pairs, tiny_processor
@@ -236,6 +237,21 @@ def test_what_belongs_together_must_be_known(model, make_args, processor, change
     data = tiny_pairs(8).remove_columns("pair_id")
     with pytest.raises(ValueError, match=message):
         ModXTrainer(model, make_args(**changes), train_dataset=data, processing_class=processor, **options)
+
+
+def test_later_phase_without_ids_is_refused_before_the_first_is_trained(make_args):
+    later = tiny_pairs(8, start=8).remove_columns("pair_id")
+    stream = PhaseStream((Phase("one", tiny_pairs(8)), Phase("two", later)))
+    with pytest.raises(ValueError, match="pairs_in_batch='apart' needs a column 'pair_id'"):
+        StreamChecks(make_args(pairs_in_batch="apart")).usable(stream)
+
+
+@pytest.mark.parametrize(("recipe", "is_told"), [("er", True), ("joint", True), ("finetune", False)])
+def test_ids_that_do_not_count_beside_pairs_without_any_are_told(model, make_args, processor, caplog, recipe, is_told):
+    base = Phase("old", tiny_pairs(8, start=8).remove_columns("pair_id"))
+    stream = PhaseStream((Phase("new", tiny_pairs(8)),), base=base)
+    ContinualRun(stream, recipe, make_args(), model=model, processing_class=processor)
+    assert ("no column 'pair_id' in 'old'" in caplog.text) == is_told
 
 
 @pytest.mark.parametrize("name", ["same_pair_id", "pairs_in_batch"])

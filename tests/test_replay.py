@@ -411,6 +411,15 @@ def test_cached_teacher_covers_the_memory(tmp_path, processor):
         torch.testing.assert_close(tensor, live.state_dict()[name], rtol=0, atol=1e-9, msg=name)
 
 
+def test_another_memory_than_the_teacher_is_cached_for_is_refused(tmp_path, processor):
+    recipe = [ModX(), ExperienceReplay(contrastive=False)]
+    memory = memory_table(tmp_path / "memory", processor)
+    trainer = trained(tmp_path, processor, recipe, memory, teacher_cache="memory", max_steps=1)
+    trainer.use_memory(memory.select(range(9, -1, -1)))
+    with pytest.raises(ValueError, match="or the memory is, than"):
+        trainer.train()
+
+
 def test_memory_that_no_callback_replays_is_refused(tmp_path, processor):
     with pytest.raises(ValueError, match="no callback of the recipe replays it"):
         trained(tmp_path, processor, [Contrastive()], memory_table(tmp_path / "memory", processor))

@@ -61,6 +61,7 @@ def test_every_run_has_its_folder_and_a_line_in_the_tables(folder):
     text = (folder / "out" / "tables.md").read_text()
     assert "| finetune | 0 |" in text and "| frozen | 0 |" in text
     assert "part_1 24 (4.17)" in text and "union 96 (1.04)" in text
+    assert "Image-to-text recall@1 of each test:\n\n| recipe | part_0, learned |" in text
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from hf_modx.callbacks.reference import Draw, reference_images, row_keys, stored
 from hf_modx.losses.reference import reference_distillation
 
 from launch import launch
-from tiny import tiny_clip, tiny_pairs, tiny_processor
+from tiny import tiny_clip, tiny_dual_encoder, tiny_pairs, tiny_processor
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_grad_norm": 0}
 
@@ -238,6 +238,18 @@ def test_teacher_may_be_another_model(model, make_args, processor, pairs, refere
     found = tables(callback)
     torch.testing.assert_close(found["image"], image, rtol=0, atol=1e-6)
     torch.testing.assert_close(found["text"], text, rtol=0, atol=1e-6)
+
+
+def test_teacher_of_another_width_is_refused_before_it_embeds_anything(
+    model, make_args, processor, pairs, reference, tmp_path
+):
+    other, its_processor = tiny_dual_encoder("chinese_clip")
+    other.save_pretrained(tmp_path / "other")
+    its_processor.save_pretrained(tmp_path / "other")
+    callback = ReferenceDistillation(images=reference, teacher=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="embeds in a width of 8 and the student in one of 16.*distill_text_tower"):
+        train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), callback])
+    assert callback.state_dict() == {}
 
 
 def reference_captions(reference):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import PairCollator
 from ..data.loading import load_table
-from ..embeddings import PairEmbeddings
+from ..embeddings import PairEmbeddings, embedding_width
 from ..losses.reference import reference_distillation
 from ..phases import content_fingerprint
 from ..pretrained import load_dual_encoder
@@ -181,6 +181,7 @@ class ReferenceDistillation(LossCallback):
         if self._teacher not in ("initial", "previous"):
             model, processor = load_dual_encoder(self._teacher, phase.args.device)
             collator = PairCollator.for_model(model, processor)
+            self._refuse_other_width(embedding_width(model), embedding_width(phase.model))
         return embed_references(
             model,
             self._images,
@@ -191,6 +192,14 @@ class ReferenceDistillation(LossCallback):
             num_workers=phase.args.dataloader_num_workers,
             device=phase.args.device,
         )
+
+    def _refuse_other_width(self, width: int, students: int) -> None:
+        if width != students and not self.distill_text_tower:
+            raise ValueError(
+                f"The teacher {self.teacher!r} embeds in a width of {width} and the student in one of {students}, so "
+                "that its texts are not comparable with the student's images: give another teacher, or "
+                "distill_text_tower, which compares the student's images with its own texts."
+            )
 
     # ---- A step ----
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from ..data import check_columns, check_pair_ids
 from ..data.bad_samples import BadSample, drop_bad_samples, find_bad_samples
 from ..data.overlap import image_digests, shared_rows
+from ..data.pair_groups import arrangement_for
 from ..distributed import on_each_process, on_main_process, world_size
 from ..nearest import did_you_mean
 from ..phases import PhaseStream
@@ -40,6 +41,8 @@ class StreamChecks:
         """
         parts = [*(part.train for part in stream.all_phases()), *(dataset for dataset, _ in stream.tests().values())]
         refuse_unknown_pair_ids(parts, self.args.pair_id_column)
+        for phase in stream:
+            arrangement_for(self.args, phase.train, has_columns=True)  # a Trainer refuses when its phase begins
         stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
         _refuse_too_few_pairs(stream, self.args)
         if not stream.tests() and other_tests == 0:
@@ -89,6 +92,19 @@ def refuse_other_types(stream: PhaseStream, columns: Sequence[str]) -> None:
                     f"Column {column!r} holds {first} in {name!r} and {feature} in {phase.name!r}, and this recipe "
                     "puts pairs of several phases together. Give both one type, for instance with dataset.cast_column."
                 )
+
+
+def warn_of_lost_pair_ids(stream: PhaseStream, column: str) -> None:
+    """Say so where some phases have pair ids and others none: in one table of both there are none."""
+    without = [phase.name for phase in stream.all_phases() if column not in phase.train.column_names]
+    if 0 < len(without) < len(stream.all_phases()):
+        logger.warning(
+            "There is no column %r in %s. This recipe puts pairs of several phases together, and where some have no "
+            "ids, those of the others do not count: rows of one id are negatives of each other. Give the column to "
+            "all, with an id of its own for every row that belongs to no other.",
+            column,
+            ", ".join(map(repr, without)),
+        )
 
 
 def refuse_unknown_pair_ids(parts: Sequence[Dataset], column: str) -> None:

@@ -39,22 +39,38 @@ def batch_gradients(
     """
     was_training = model.training
     model.eval()
-    # What fp16 multiplies the loss by.
-    scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
     try:
         with leaves_of_trained_weights(model) as leaves:
             for inputs in batches:
-                model.zero_grad()
-                context = _backward(loss, inputs, model, accelerator, context_of, chunk_size)
-                found = {
-                    name: gather_stacked(parameter.grad).mean(dim=0) / scale
-                    for name, parameter in leaves.items()
-                    if parameter.grad is not None
-                }
-                model.zero_grad()
-                yield BatchGradient(len(context.row_ids), found)
+                yield _gradient(loss, inputs, model, leaves, accelerator, context_of, chunk_size)
     finally:
         model.train(was_training)
+
+
+def _gradient(
+    loss: Loss,
+    inputs: dict[str, Tensor],
+    model: nn.Module,
+    leaves: Mapping[str, nn.Parameter],
+    accelerator: Accelerator,
+    context_of: ContextOf,
+    chunk_size: int | None,
+) -> BatchGradient:
+    """Of one batch. Where what fp16 multiplies the loss by is too much, it is halved; training would leave such a
+    step out."""
+    while True:
+        model.zero_grad()
+        context = _backward(loss, inputs, model, accelerator, context_of, chunk_size)
+        scale = accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0
+        found = {
+            name: gather_stacked(parameter.grad).mean(dim=0) / scale
+            for name, parameter in leaves.items()
+            if parameter.grad is not None
+        }
+        model.zero_grad()
+        if scale <= 1 or all(slope.isfinite().all() for slope in found.values()):
+            return BatchGradient(len(context.row_ids), found)
+        accelerator.scaler.update(scale / 2)
 
 
 def _backward(

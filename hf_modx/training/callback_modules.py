@@ -45,17 +45,21 @@ class CallbackModules(TrainerCallback):
             copy_from_main_process(list(module.state_dict().values()))
 
     def join(self, optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-        """Put the parameters into an optimizer; matrices decay."""
-        matrices = [parameter for parameter in self.parameters() if parameter.ndim >= 2]
-        others = [parameter for parameter in self.parameters() if parameter.ndim < 2]
+        """Put the parameters that an optimizer does not have into it; matrices decay."""
+        new = self._missing(optimizer)
+        matrices = [parameter for parameter in new if parameter.ndim >= 2]
+        others = [parameter for parameter in new if parameter.ndim < 2]
         for parameters, decay in ((matrices, weight_decay), (others, 0.0)):
             if parameters:
                 optimizer.add_param_group({"params": parameters, "weight_decay": decay})
 
     def are_in(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer trains all of the parameters."""
+        return not self._missing(optimizer)
+
+    def _missing(self, optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        return all(id(parameter) in known for parameter in self.parameters())
+        return [parameter for parameter in self.parameters() if id(parameter) not in known]
 
     def average_gradients(self) -> None:
         """After the backward pass of an optimizer step's last batch."""
