@@ -1,6 +1,6 @@
 """A study on the built-in data: recipes x streams x seeds, with tables, figures and model cards.
 
-    python examples/study/run.py --streams domain,class,instance --seeds 0,1,2 --output_dir runs/study
+    python examples/study/run.py --streams domain,class,instance --seeds 0,1,2,3,4 --output_dir runs/study
 
 Recipes are those of the library, entries of `recipes.yaml` and sets of them: `--recipes main,er+modx-2`. Each
 (stream, recipe, seed) is a run of `examples/continual_clip.py` in its own folder; all recipes of a stream and seed
