@@ -292,6 +292,18 @@ def test_difference_is_paired_by_seed_with_a_t_interval():
     assert found["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
 
 
+def test_every_recipe_is_compared_with_modx_plus_by_seed():
+    def cell(recipe, seed, end):
+        matrix = dict.fromkeys(METRICS, [[0.5, 0.0], [end, end]])
+        results = {"matrix": matrix, "phases": ["one"], "learned_at": [0, 1], "tests": ["base", "one"]}
+        return Cell("class", recipe, seed, None, None, results, "finished")
+
+    ends = {"modx_plus": (0.3, 0.4, 0.5), "er": (0.2, 0.2, 0.2)}
+    found = measures.summary([cell(name, seed, end) for name, of in ends.items() for seed, end in enumerate(of)])
+    assert found["er"][METRIC]["last_less_modx_plus"]["mean"] == pytest.approx(-0.2)
+    assert found["er"][METRIC]["last_less_modx_plus"]["interval"] == pytest.approx(4.303 * 0.1 / 3**0.5)
+
+
 def test_forgetting_removed_is_a_ratio_of_means():
     def own(reached, last):
         known = {"reached": reached, "last": last, "plasticity": reached, "forgetting": dict.fromkeys(last, 0.1)}

@@ -8,7 +8,8 @@ from typing import Any
 from hf_modx.files import read_json
 
 STUDY, FAILED = "study.json", "failed.json"
-REFERENCE, BOUND = "finetune", "joint"
+REFERENCE, BOUND, OURS = "finetune", "joint", "modx_plus"
+"""What the others are compared with."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cells import BOUND, REFERENCE, Cell, finished
+from cells import BOUND, OURS, REFERENCE, Cell, finished
 
 UNION = "union"
 METRIC = "image_to_text_recall@1"
@@ -34,7 +34,8 @@ def measures(results: Mapping[str, Any], metric: str) -> dict[str, float]:
 
 
 def summary(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Recipe -> metric -> measure -> values by seed, mean, spread; and the comparisons with fine-tuning and joint."""
+    """Recipe -> metric -> measure -> values by seed, mean, spread; and the comparisons with fine-tuning, joint and
+    modx_plus."""
     recipes = finished(cells)
     found: dict[str, dict[str, Any]] = {}
     for recipe, runs in recipes.items():
@@ -46,6 +47,8 @@ def summary(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     for by_metric in found.values():
         for metric, own in by_metric.items():
             own.update(comparisons(own, *(found.get(other, {}).get(metric) for other in (REFERENCE, BOUND))))
+            if OURS in found:
+                own[f"last_less_{OURS}"] = paired(own["last"], found[OURS][metric]["last"])
     return found
 
 

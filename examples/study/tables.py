@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, finished, read_cells, shows_validation
+from cells import OURS, Cell, finished, read_cells, shows_validation
 from measures import METRIC, METRICS, UNION, has_collapsed, mean, measures, spread, summary
 
 from hf_modx import callbacks
@@ -38,7 +38,8 @@ every rank, so that seeds differ less in it (by chance it is about (ln N + 0.58)
 
 - plasticity: what a phase's test reaches right after its phase, mean over phases. Relative: over fine-tuning's.
 - old, end: mean over the tests of the base and of all phases but the last, after the last phase.
-- last: mean over all tests after the last phase. last - finetune: paired by seed, 95 % interval (Student's t).
+- last: mean over all tests after the last phase. last - finetune, last - modx_plus: paired by seed, 95 % interval
+  (Student's t).
 - forgetting: mean over the old tests of their best value, from the phase that teaches them to the one before the
   last, less that after the last. Less finetune's: paired likewise; below zero, the recipe forgets less. Relative: over
   fine-tuning's, of means over seeds.
@@ -224,6 +225,7 @@ def measured(own: Mapping[str, Any]) -> dict[str, str]:
         "relative forgetting": percent(own.get("relative_forgetting")),
         "forgetting removed": percent(own.get("forgetting_removed")),
         "relative plasticity": percent(own.get("relative_plasticity")),
+        f"last - {OURS}": difference(own.get(f"last_less_{OURS}")),
         "gap to joint": difference(own.get("gap_to_joint")),
         "union": plus_minus(own[UNION]) if UNION in own else "no such test",
     }
