@@ -294,7 +294,7 @@ def test_difference_is_paired_by_seed_with_a_t_interval():
 
 def test_every_recipe_is_compared_with_modx_plus_by_seed():
     def cell(recipe, seed, end):
-        matrix = dict.fromkeys(METRICS, [[0.5, 0.0], [end, end]])
+        matrix = {metric: [[0.5, 0.0], [end, end]] for metric in METRICS}
         results = {"matrix": matrix, "phases": ["one"], "learned_at": [0, 1], "tests": ["base", "one"]}
         return Cell("class", recipe, seed, None, None, results, "finished")
 
