@@ -548,9 +548,9 @@ def test_caption_column_with_nulls_is_named(run):
         run(stream_with(broken(tiny_pairs(9), 2, caption=None)))
 
 
-def test_bad_rows_are_skipped_and_counted_when_asked(run, make_args):
+def test_bad_rows_are_skipped_and_counted_when_asked(run, make_args, tmp_path):
     data = broken(broken(tiny_pairs(12, start=36), 2, caption=[]), 5, image=None)
-    data = broken(data, 6, image={"bytes": b"no image", "path": "/home/me/cat.png"})
+    data = broken(data, 6, image={"bytes": b"no image", "path": str(tmp_path / "cat.png")})
     continual = run(stream_with(data), args=make_args(max_steps=3, bad_samples="skip"))
     assert results(continual)["bad_samples"] == {
         "bad (train)": {

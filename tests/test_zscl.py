@@ -1,6 +1,7 @@
 """ZSCL: its terms as they are written down, its reference data, and classes instead of captions."""
 
 import copy
+import re
 
 import datasets
 import pytest
@@ -231,13 +232,24 @@ def test_teacher_may_be_another_model(model, make_args, processor, pairs, refere
     other.save_pretrained(tmp_path / "other")
     processor.save_pretrained(tmp_path / "other")
     callback = ReferenceDistillation(images=reference, teacher=str(tmp_path / "other"))
-    assert callback.teacher == "other"  # published in identities and cards, which name no folder of this machine
     train(model, make_args(max_steps=1), processor, pairs, [Contrastive(), callback])
     with torch.no_grad():
         image, text = embeddings(other.eval(), processor, list(reference["image"]), reference_captions(reference))
     found = tables(callback)
     torch.testing.assert_close(found["image"], image, rtol=0, atol=1e-6)
     torch.testing.assert_close(found["text"], text, rtol=0, atol=1e-6)
+
+
+def test_teacher_in_a_folder_is_told_by_name_and_weights(reference, tmp_path):
+    """In identities and cards, which are published: they name no folder of this machine."""
+    for place, seed in (("one", 0), ("two", 0), ("three", 1)):
+        tiny_clip(tiny_processor(), seed).save_pretrained(tmp_path / place / "phase-3")
+    told = [
+        ReferenceDistillation(images=reference, teacher=tmp_path / place / "phase-3").teacher
+        for place in ("one", "two", "three")
+    ]
+    assert told[0] == told[1] != told[2]
+    assert all(re.fullmatch(r"phase-3 \([0-9a-f]{16}\)", name) for name in told)
 
 
 def test_teacher_of_another_width_is_refused_before_it_embeds_anything(

@@ -1,5 +1,6 @@
 """Distillation on reference data from the model that the run began with."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -94,8 +95,8 @@ class ReferenceDistillation(LossCallback):
         if weight < 0:
             raise ValueError(f"The weight of the reference distillation must not be negative, got {weight}.")
         self._teacher = str(teacher)
-        # What a run's identity and its cards say, which are published: of a folder its name.
-        self.teacher = Path(teacher).resolve().name if os.path.isdir(teacher) else self._teacher
+        # What a run's identity and its cards say, which are published.
+        self.teacher = _told_of_folder(Path(teacher)) if os.path.isdir(teacher) else self._teacher
         self.images_per_step = images_per_step
         self.texts_per_step = images_per_step if texts_per_step is None and distill_text_tower else texts_per_step
         self.temperature = temperature
@@ -196,7 +197,7 @@ class ReferenceDistillation(LossCallback):
     def _refuse_other_width(self, width: int, students: int) -> None:
         if width != students and not self.distill_text_tower:
             raise ValueError(
-                f"The teacher {self.teacher!r} embeds in a width of {width} and the student in one of {students}, so "
+                f"The teacher {self._teacher!r} embeds in a width of {width} and the student in one of {students}, so "
                 "that its texts are not comparable with the student's images: give another teacher, or "
                 "distill_text_tower, which compares the student's images with its own texts."
             )
@@ -249,3 +250,13 @@ class ReferenceDistillation(LossCallback):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._tables = dict(state)
+
+
+def _told_of_folder(model: Path) -> str:
+    """The name of a model's folder and a hash of its weights: not where it lies, nor the same for every phase-3."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        with open(file, "rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return f"{model.resolve().name} ({digest.hexdigest()[:16]})"
