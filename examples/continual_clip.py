@@ -163,7 +163,7 @@ class ScriptArguments:
         metadata={
             "help": "Which built-in stream: the same concepts in new renderings (domain, the default), new groups of "
             "concepts (class) or random ones (instance).",
-            "choices": list(DEMO_STREAMS),
+            "choices": DEMO_STREAMS,  # as it stands when a command is read: the study adds one
         },
     )
     demo_validation: bool = field(

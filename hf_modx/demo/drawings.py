@@ -12,7 +12,7 @@ from .concepts import Concept
 from .packages import resource
 
 ARTISTS = ("twemoji", "openmoji", "noto")
-RENDERINGS = ("mosaic", "pastel", "popart")  # of OpenMoji's drawings
+RENDERINGS = ("mosaic", "pastel", "popart")  # of OpenMoji's drawings, by `RENDERERS`
 STYLES = ARTISTS + RENDERINGS
 IMAGE_SIZE = 64
 
@@ -57,9 +57,15 @@ def _twemoji_art(character: str) -> Image.Image | None:
     return Image.open(io.BytesIO(data)).convert("RGBA")
 
 
+def drawn_on_white(art: Image.Image, own_size: int = 0) -> Image.Image | None:
+    """RGBA art at the size of the built-in data, on white: what is painted is enlarged to it, or, of art for a square
+    of `own_size` pixels, most of the way. None where nothing is painted."""
+    return _on_white(_fit(art, own_size))
+
+
 def _paint_twemoji(character: str) -> Image.Image | None:
     art = _twemoji_art(character)
-    return None if art is None else _on_white(_fit(art, art.width))
+    return None if art is None else drawn_on_white(art, art.width)
 
 
 def _paint_glyph(font: ImageFont.FreeTypeFont, missing: bytes, character: str) -> Image.Image | None:
@@ -70,7 +76,7 @@ def _paint_glyph(font: ImageFont.FreeTypeFont, missing: bytes, character: str) -
     ImageDraw.Draw(canvas).text(
         (_FONT_SIZE // 4, _FONT_SIZE // 4), character, font=font, fill="black", embedded_color=True
     )
-    return _on_white(_fit(canvas, _FONT_SIZE))
+    return drawn_on_white(canvas, _FONT_SIZE)
 
 
 def _font_painter(module: str, path: str) -> _Painter:
@@ -100,9 +106,12 @@ def _popart(picture: Image.Image) -> Image.Image:
     return Image.blend(picture, Image.merge("RGB", (blue, red, green)), _POPART)
 
 
-def _rendering(painter: _Painter, render: Callable[[Image.Image], Image.Image], character: str) -> Image.Image | None:
+RENDERERS: dict[str, Callable[[Image.Image], Image.Image]] = {"mosaic": _mosaic, "pastel": _pastel, "popart": _popart}
+
+
+def _rendering(painter: _Painter, name: str, character: str) -> Image.Image | None:
     picture = painter(character)
-    return None if picture is None else render(picture)
+    return None if picture is None else RENDERERS[name](picture)
 
 
 def _painters() -> dict[str, _Painter]:
@@ -112,18 +121,16 @@ def _painters() -> dict[str, _Painter]:
         "twemoji": _paint_twemoji,
         "openmoji": openmoji,
         "noto": _font_painter("manimgx_fonts", "NotoEmoji[wght].ttf"),
-        "mosaic": partial(_rendering, openmoji, _mosaic),
-        "pastel": partial(_rendering, openmoji, _pastel),
-        "popart": partial(_rendering, openmoji, _popart),
+        **{name: partial(_rendering, openmoji, name) for name in RENDERINGS},
     }
 
 
-def _is_blank(picture: Image.Image) -> bool:
+def is_blank(picture: Image.Image) -> bool:
     """Whether a picture is nearly constant, as a font's glyph is that Pillow cannot draw."""
     return bool(np.asarray(picture, dtype=np.float32).std(axis=(0, 1)).max() < _NEARLY_CONSTANT)
 
 
-def _encode(picture: Image.Image) -> bytes:
+def encoded(picture: Image.Image) -> bytes:
     """PNG: half as large again as lossless WebP on these pictures, but decoded in little more than half the time."""
     stream = io.BytesIO()
     picture.save(stream, "PNG", optimize=True)
@@ -142,7 +149,7 @@ def draw_all(concepts: list[Concept]) -> tuple[list[Concept], dict[str, list[byt
     seen: set[tuple[str, bytes]] = set()
     for concept in tqdm(concepts, desc="Drawing the demonstration data", unit="concept"):
         drawn = {style: painters[style](concept.character) for style in STYLES}
-        if any(picture is None or _is_blank(picture) for picture in drawn.values()):
+        if any(picture is None or is_blank(picture) for picture in drawn.values()):
             continue
         keys = {(style, picture.tobytes()) for style, picture in drawn.items()}
         if keys & seen:
@@ -150,5 +157,5 @@ def draw_all(concepts: list[Concept]) -> tuple[list[Concept], dict[str, list[byt
         seen |= keys
         kept.append(concept)
         for style, picture in drawn.items():
-            pictures[style].append(_encode(picture))
+            pictures[style].append(encoded(picture))
     return kept, pictures
