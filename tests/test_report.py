@@ -371,6 +371,19 @@ def test_report_says_what_training_and_evaluation_have_taken(make_run, tmp_path)
     assert next(line for line in lines if line.startswith("| modx | 0 |")).endswith("| 60, 7 |")
 
 
+def test_report_says_what_else_than_the_recipe_is_not_alike(make_run, tmp_path):
+    slower = [make_run("modx", seed, learning_rate=0.1) for seed in (0, 1)]
+    write_report(group_runs([make_run("finetune", 0, learning_rate=0.2), *slower]), tmp_path / "report")
+    said = "Phases: first, second. Not alike, learning_rate: 0.2 (finetune), 0.1 (modx)."
+    assert said in (tmp_path / "report" / "report.md").read_text()
+    assert said in (tmp_path / "report" / "report.html").read_text()
+
+
+def test_report_of_runs_with_equal_settings_says_the_phases_alone(make_run, tmp_path):
+    write_report(group_runs([make_run("finetune", 0), make_run("modx", 1)]), tmp_path / "report")
+    assert "\nPhases: first, second.\n" in (tmp_path / "report" / "report.md").read_text()
+
+
 def test_time_of_a_phase_that_was_interrupted_is_not_known(make_run, tmp_path):
     """Its log begins where it went on."""
 

@@ -20,7 +20,7 @@ def render_page(**content: Any) -> str:
     writing are left out. Pictures are inlined, and the page forbids the browser every request.
 
     Args:
-        content: what the template names: `title`, `phases`, `runs` (header, rows), `comparisons`, `pictures`,
+        content: what the template names: `title`, `about`, `runs` (header, rows), `comparisons`, `pictures`,
             `matrices` (pictures, too), `numbers` (by recipe: header, rows), `classes` (by recipe, see `LostClasses`),
             `flips` (by recipe, see `FlippedTest`).
     """

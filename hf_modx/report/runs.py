@@ -114,25 +114,44 @@ def _refuse_other_streams(runs: Sequence[RecordedRun]) -> None:
             )
 
 
+def unequal_settings(groups: Mapping[str, Sequence[RecordedRun]]) -> dict[str, dict[str, Any]]:
+    """What else than the recipe differs between the groups: the setting -> group -> its value; of each group the first
+    run's, as runs of one group differ in the seed alone."""
+    settings = {name: _beside_recipe(runs[0]) for name, runs in groups.items()}
+    return {
+        setting: {name: of_group.get(setting) for name, of_group in settings.items()}
+        for setting in _differing(list(settings.values()))
+    }
+
+
 def _settings(run: RecordedRun) -> dict[str, Any]:
     """All that distinguishes a recipe from another, under short names."""
     options = {name: value for values in run.identity["recipe_args"].values() for name, value in values.items()}
+    return {**_beside_recipe(run), **options}
+
+
+def _beside_recipe(run: RecordedRun) -> dict[str, Any]:
+    """The model that the run starts from and how it trains, but for the seed and the recipe's own options."""
     model = run.results.get("model") or {}
     start = {"model": model.get("repo_id", model.get("name")), "revision": model.get("revision")}
     others = {name: value for name, value in run.identity["hyperparameters"].items() if name not in SEEDS}
     changed = ", ".join(str(entry["until_phase"]) for entry in run.results.get("changed_settings", [])) or None
     start["settings changed after phase"] = changed  # a rollback permits it: earlier phases had another recipe
-    return {**others, **start, "base_max_steps": run.identity.get("base_max_steps"), **options}
+    return {**others, **start, "base_max_steps": run.identity.get("base_max_steps")}
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names whose values are not the same in all."""
+    return [
+        name
+        for name in dict.fromkeys(name for one in settings for name in one)
+        if len({json.dumps(one.get(name), sort_keys=True) for one in settings}) > 1
+    ]
 
 
 def _name(run: RecordedRun, runs: Sequence[RecordedRun], settings: Mapping[int, Mapping[str, Any]]) -> str:
     """The recipe, with the settings in which the runs of this recipe differ."""
     recipe = run.results["recipe"]
-    alike = [settings[id(other)] for other in runs if other.results["recipe"] == recipe]
-    differing = [
-        name
-        for name in dict.fromkeys(name for other in alike for name in other)
-        if len({json.dumps(other.get(name), sort_keys=True) for other in alike}) > 1
-    ]
+    differing = _differing([settings[id(other)] for other in runs if other.results["recipe"] == recipe])
     said = ", ".join(f"{name} {settings[id(run)].get(name)}" for name in differing)
     return f"{recipe} ({said})" if said else recipe

@@ -11,7 +11,7 @@ from .classes import LostClasses, lost_classes
 from .flips import FlippedTest
 from .page import render_page
 from .pictures import Picture, draw_comparison, draw_flips, draw_matrices
-from .runs import RecordedRun
+from .runs import RecordedRun, unequal_settings
 from .tables import Comparison, Groups, compare, mean_matrix
 
 METRICS = (
@@ -70,7 +70,7 @@ def write_report(
     )
     page = render_page(
         title=TITLE,
-        phases=_phases(groups),
+        about=_about(groups),
         runs=_runs_table(groups),
         comparisons=comparisons,
         pictures=pictures,
@@ -83,9 +83,13 @@ def write_report(
     return folder / "report.html"
 
 
-def _phases(groups: Groups) -> str:
+def _about(groups: Groups) -> str:
+    """The phases, and what may explain a difference beside the recipe."""
     phases = next(iter(groups.values()))[0].results["phases"]
-    return f"Phases: {', '.join(phases)}." if phases else "Before the first phase."
+    said = [f"Phases: {', '.join(phases)}." if phases else "Before the first phase."]
+    for setting, values in unequal_settings(groups).items():
+        said.append(f"Not alike, {setting}: {', '.join(f'{value} ({name})' for name, value in values.items())}.")
+    return " ".join(said)
 
 
 def _runs_table(groups: Groups) -> tuple[list[str], list[list[str]]]:
@@ -138,7 +142,7 @@ def _markdown(
     flips: Mapping[str, Sequence[FlippedTest]],
 ) -> str:
     header, rows = _runs_table(groups)
-    parts = [f"# {TITLE}", escaped(_phases(groups)), table(header, [map(escaped, row) for row in rows])]
+    parts = [f"# {TITLE}", escaped(_about(groups)), table(header, [map(escaped, row) for row in rows])]
     parts += ["## What was learned and what was forgotten", *(comparison.to_markdown() for comparison in comparisons)]
     parts += ["## Pictures", *(f"![{escaped(picture.shows)}]({picture.file.name})" for picture in pictures)]
     parts += ["## Matrices", f"{escaped(comparisons[0].title)} in percent, before the first phase and after each one."]
