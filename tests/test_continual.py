@@ -182,6 +182,16 @@ def test_tested_image_is_left_out_of_training_when_asked(run, make_args):
     assert results(continual)["bad_samples"]["leaky (train)"]["count"] == 1
 
 
+@pytest.mark.parametrize("has_ids", [True, False])
+def test_rows_of_one_image_without_ids_are_told(run, caplog, has_ids):
+    """A table with a row for each caption: pairs of one image would be negatives of each other."""
+    data = tiny_pairs(20)
+    data = data if has_ids else data.remove_columns("pair_id")
+    run(PhaseStream((Phase("flat", data.select([*range(10), 0, 0, 1]), data.select(range(12, 16))),)))
+    told = "flat (train): 5 of 13 rows show an image that another row shows, and there is no column 'pair_id'"
+    assert (told in caplog.text) == (not has_ids)
+
+
 def test_new_month_does_not_change_the_months_before(run, make_args):
     """Its test shares an image with an old training part: the new test loses it, not the old part."""
     args = make_args(max_steps=3, bad_samples="skip")

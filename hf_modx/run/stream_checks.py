@@ -1,6 +1,7 @@
 """The checks of a stream before any training: rows that cannot be used, images that leak, parts that are too small."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from datasets import Dataset
@@ -65,6 +66,8 @@ class StreamChecks:
 
         def clean(name: str, part: Dataset) -> Dataset:
             digests = on_main_process(lambda: image_digests(part, self.args.image_column))
+            if self.args.pair_id_column not in part.column_names:
+                _warn_of_repeated_images(name, digests, self.args.pair_id_column)
             own, others = (tested, learned) if name.endswith("(test)") else (learned, tested)
             shared = shared_rows(digests, others)
             left_out = {sample.row for sample in shared}
@@ -77,6 +80,22 @@ class StreamChecks:
         if bad:
             self.bad_samples[name] = self.bad_samples.get(name, []) + bad
         return drop_bad_samples(part, bad, self.args.bad_samples, name)
+
+
+def _warn_of_repeated_images(name: str, digests: Sequence[bytes | None], pair_id_column: str) -> None:
+    """Tables with a row for each caption, as COCO's, have every image several times."""
+    times = Counter(digest for digest in digests if digest is not None)
+    repeated = sum(count for count in times.values() if count > 1)
+    if repeated:
+        logger.warning(
+            "%s: %d of %d rows show an image that another row shows, and there is no column %r, so that they are "
+            "negatives of each other, and in a test each other's wrong answer. Give the rows of one image one id, or "
+            "make one row of them with a list of captions.",
+            name,
+            repeated,
+            len(digests),
+            pair_id_column,
+        )
 
 
 def refuse_other_types(stream: PhaseStream, columns: Sequence[str]) -> None:
