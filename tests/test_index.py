@@ -362,6 +362,18 @@ def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
 # ---- In the study ----
 
 
+def test_turning_back_mends_towers_that_have_turned_against_each_other():
+    ids = torch.arange(50)
+    old = EncodedPairs(unit(50), unit(50) + 0.1 * unit(50, seed=1), ids, ids, ids)
+    new = replace(old, image=old.image @ rotation())
+    maps = [IndexAlignment.fit(getattr(old, side), getattr(new, side)) for side in ("image", "text")]
+    before, rebuilt, back = (
+        cross_phase_metrics(pairs, pairs)["cross_phase_text_to_image_recall@1"]
+        for pairs in (old, new, study_index.turned_back(new, *maps))
+    )
+    assert before > 0.9 and rebuilt < 0.5 and back == before
+
+
 def test_study_tells_of_runs_that_are_there_and_measures_them_once(finished, tmp_path, monkeypatch, capsys):
     run, results = finished
     monkeypatch.setattr(study_index, "DEMO_STREAMS", {"domain": lambda seed: make_stream(2)})
