@@ -156,6 +156,12 @@ class ContinualRun:
         self.bad_samples = checks.bad_samples
         self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
         self.stream = self.deletions.kept(stream)
+        if self.memory is not None and self.stream.base is None:
+            logger.warning(
+                "There is nothing to replay in %r, the first phase. Pairs of what the model knows already can be given "
+                "with --replay_dataset or PhaseStream.with_replay.",
+                self.stream.phases[0].name,
+            )
         self.tests.follow(self.stream)
         self.table = RunResults([phase.name for phase in self.stream], self.tests)
         learned_at = self.tests.learned_at()

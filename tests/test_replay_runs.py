@@ -45,7 +45,7 @@ def content(run, number):
     return table(run, number).cast_column("image", Image(decode=False)).to_list()
 
 
-def test_memory_holds_pairs_of_the_base_and_of_the_phases_before(run):
+def test_memory_holds_pairs_of_the_base_and_of_the_phases_before(run, caplog):
     continual = run(stream=make_stream(3))
     assert sorted(path.name for path in (continual.folder / "memory").iterdir()) == ["phase-0", "phase-1", "phase-2"]
     assert set(table(continual, 0)["learned_in_phase"]) == {0}
@@ -53,11 +53,13 @@ def test_memory_holds_pairs_of_the_base_and_of_the_phases_before(run):
     assert len(table(continual, 2)) == 6
     training = json.loads((continual.folder / "results.json").read_text())["training"]
     assert [record["memory_pairs"] for record in training] == [6, 6, 6]
+    assert "nothing to replay" not in caplog.text
 
 
-def test_first_phase_without_a_base_replays_nothing(run):
+def test_first_phase_without_a_base_replays_nothing_and_is_told(run, caplog):
     stream = PhaseStream(make_stream(2).phases)
     continual = run(stream=stream)
+    assert "There is nothing to replay in 'part 1', the first phase." in caplog.text
     assert sorted(path.name for path in (continual.folder / "memory").iterdir()) == ["phase-1"]
     training = json.loads((continual.folder / "results.json").read_text())["training"]
     assert [record.get("memory_pairs") for record in training] == [None, 6]
