@@ -91,8 +91,8 @@ class ModXTrainingArguments(TrainingArguments):
         default="error",
         metadata={
             "help": "What ContinualRun does with images that cannot be decoded, captions that are missing or empty "
-            "and training images that are also in a test: 'error' refuses to start and names them, 'skip' leaves "
-            "them out and counts them in results.json.",
+            "and training images that are also in a test of pairs: 'error' refuses to start and names them, 'skip' "
+            "leaves them out and counts them in results.json.",
             "choices": ["error", "skip"],
         },
     )
