@@ -351,6 +351,14 @@ def test_no_eval_results_without_data_sets_on_the_hub(finished, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_left_out_of_later_phases_are_not_on_the_card(finished):
+    _, identity, results = finished()
+    results["bad_samples"] = {part: {"count": 2, "first": []} for part in ("first (train)", "second (train)")}
+    first, second = (phase_card(identity, results, number) for number in (1, 2))
+    assert "Rows left out as bad samples: 2 of first (train)." in first
+    assert "Rows left out as bad samples: 2 of first (train), 2 of second (train)." in second
+
+
 # ---- Strangers' text ----
 
 
