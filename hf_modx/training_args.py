@@ -16,7 +16,7 @@ class ModXTrainingArguments(TrainingArguments):
     pushed to the Hub is private unless `hub_private_repo` is False, and the token is in no pickle of the arguments.
 
     Raises:
-        ValueError: a value out of its range, named with the remedy.
+        ValueError: a value out of its range, named with the remedy; those of the retention budget where a run is made.
     """
 
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
