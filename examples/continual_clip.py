@@ -49,7 +49,7 @@ Every phase as a revision of one repository on the Hub (after `hf auth login`), 
 
 Run the command again after an interruption: finished phases are kept, the phase begun goes on from its checkpoint.
 With `--push_to_hub` that works in an empty folder on another machine, too. A run that is finished but could not be
-published whole ends with status 3: the same command publishes the rest.
+published whole ends with status 3, of which `accelerate launch` makes 1: the same command publishes the rest.
 
 The last group of `--help` has the flags of this script; those before it are `ModXTrainingArguments`.
 """

@@ -25,7 +25,7 @@ class Phase:
     """One portion of the stream.
 
     Attributes:
-        name: appears in the matrix and in file names' metadata.
+        name: stands in the matrix, on cards and in trackers; each only once in a stream.
         train: the pairs to learn.
         test: held-out pairs; None where the phase brings no test of its own.
     """

@@ -16,7 +16,7 @@ class ModXTrainingArguments(TrainingArguments):
     pushed to the Hub is private unless `hub_private_repo` is False, and the token is in no pickle of the arguments.
 
     Raises:
-        ValueError: a value out of its range, named with the remedy.
+        ValueError: a value out of its range, named with the remedy; those of the retention budget where a run is made.
     """
 
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
@@ -91,8 +91,8 @@ class ModXTrainingArguments(TrainingArguments):
         default="error",
         metadata={
             "help": "What ContinualRun does with images that cannot be decoded, captions that are missing or empty "
-            "and training images that are also in a test: 'error' refuses to start and names them, 'skip' leaves "
-            "them out and counts them in results.json.",
+            "and training images that are also in a test of pairs: 'error' refuses to start and names them, 'skip' "
+            "leaves them out and counts them in results.json.",
             "choices": ["error", "skip"],
         },
     )

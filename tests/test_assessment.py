@@ -311,6 +311,15 @@ def test_built_in_streams_are_planned_as_they_are_trained(options, same_pair_id)
 
 
 @pytest.mark.parametrize(
+    ("options", "steps", "epochs"),
+    [([], 200, 3), (["--num_train_epochs", "2"], -1, 2), (["--num_train_epochs", "2", "--max_steps", "9"], 9, 2)],
+)
+def test_epochs_that_are_asked_for_take_the_place_of_a_built_in_stream_s_steps(options, steps, epochs):
+    args = planned(make_parser().parse_args(["assess", "demo", "demo:class", *options]), is_demo=True)
+    assert (args.max_steps, args.num_train_epochs) == (steps, epochs)
+
+
+@pytest.mark.parametrize(
     ("data", "options", "message"),
     [
         ("new", ["--sample", "0"], "A sample of 0 rows shows nothing"),

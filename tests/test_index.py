@@ -340,6 +340,7 @@ def test_card_shows_the_kept_index_and_its_metadata_only_what_the_model_does_alo
     card = (finished[0].phase_folder(2) / "README.md").read_text()
     assert "where an index is kept" in card and "| Cross-phase text-to-image recall@1 |" in card
     assert "cross_phase" not in card.partition("\n---\n")[0]
+    assert "hold them at full precision, but for those across phases." in card
 
 
 def test_report_compares_the_kept_indexes_where_all_runs_have_one(finished):

@@ -351,6 +351,21 @@ def test_no_eval_results_without_data_sets_on_the_hub(finished, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_model_that_took_no_step_is_not_called_fine_tuned(finished):
+    cards = {recipe: phase_card(*finished(recipe)[1:], 2) for recipe in ("frozen", "finetune")}
+    assert "kept as it was by the recipe frozen of hf_modx over a stream of phases: first, second." in cards["frozen"]
+    assert "fine-tuned" not in cards["frozen"].split("\n---\n")[1]
+    assert "fine-tuned with the recipe finetune of hf_modx on a stream of phases: first, second." in cards["finetune"]
+
+
+def test_rows_left_out_of_later_phases_are_not_on_the_card(finished):
+    _, identity, results = finished()
+    results["bad_samples"] = {part: {"count": 2, "first": []} for part in ("first (train)", "second (train)")}
+    first, second = (phase_card(identity, results, number) for number in (1, 2))
+    assert "Rows left out as bad samples: 2 of first (train)." in first
+    assert "Rows left out as bad samples: 2 of first (train), 2 of second (train)." in second
+
+
 # ---- Strangers' text ----
 
 

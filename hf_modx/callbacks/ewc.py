@@ -30,7 +30,8 @@ class EWC(LossCallback):
 
     Args:
         weight: >= 0. With 1 the penalty stands, to second order, for what the old data's loss would rise by, which
-            holds nothing back; the default of 1,000 is what the built-in stream wants (one seed, one phase).
+            holds nothing back. The default of 1,000 was chosen on one phase of the built-in stream with one seed; over
+            its three phases it halves forgetting and what is learned alike (`model_cards/others.md`).
         gamma: what of the Fisher matrix of the phases before is kept, in [0, 1]; 1 adds up all phases.
         batches: contrastive batches that a phase's Fisher matrix is taken over, >= 1; at most one pass over the phase.
 

@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch_size", type=int, help="the contrastive batch planned (default: 64; of the built-in streams 128)"
     )
-    parser.add_argument("--num_train_epochs", type=float, default=3.0, help="planned, of each phase (default: 3)")
+    parser.add_argument(
+        "--num_train_epochs",
+        type=float,
+        help="planned, of each phase (default: 3; of the built-in streams 200 steps)",
+    )
     parser.add_argument("--max_steps", type=int, default=-1, help="planned, of each phase, in the place of epochs")
     parser.add_argument("--target_recall", type=float, help="image-to-text recall@1 that is good enough, 0 to 1")
     parser.add_argument("--sample", type=int, default=2048, help="rows of each part to look at (default: 2048)")
@@ -146,8 +150,10 @@ def planned(options: argparse.Namespace, is_demo: bool) -> ModXTrainingArguments
     settings |= {name: getattr(options, name) for name in ("mask_duplicates", "pairs_in_batch")}
     if options.same_pair_id is not None:
         settings["same_pair_id"] = options.same_pair_id
-    if options.max_steps > 0 or not is_demo:
-        settings |= {"max_steps": options.max_steps, "num_train_epochs": options.num_train_epochs}
+    if options.max_steps > 0 or options.num_train_epochs is not None:
+        settings["max_steps"] = options.max_steps
+    if options.num_train_epochs is not None:
+        settings["num_train_epochs"] = options.num_train_epochs
     if options.batch_size is not None:
         settings["per_device_train_batch_size"] = -(-options.batch_size // PartialState().num_processes)
     columns = {name: getattr(options, name) for name in ("image_column", "caption_column", "pair_id_column")}

@@ -350,9 +350,10 @@ def _what(identity: Mapping[str, Any], results: Mapping[str, Any], number: int) 
     what = "A dual encoder for images and texts"
     if is_adapter(identity, number):
         what = "A LoRA adapter of a dual encoder for images and texts, one for all phases so far"
-    return (
-        f"{what}, fine-tuned with the recipe {escaped(results['recipe'])} of hf_modx on a stream of phases: {learned}."
-    )
+    recipe = f"the recipe {escaped(results['recipe'])} of hf_modx"
+    if all(record_of_phase(results, k).get("steps") == 0 for k in range(1, number + 1)):
+        return f"{what}, kept as it was by {recipe} over a stream of phases: {learned}."
+    return f"{what}, fine-tuned with {recipe} on a stream of phases: {learned}."
 
 
 def _title(identity: Mapping[str, Any], number: int, config: Mapping[str, Any]) -> str:

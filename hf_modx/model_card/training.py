@@ -116,7 +116,9 @@ def data_notes(identity: Mapping[str, Any], results: Mapping[str, Any], number: 
     silent = [name for name in learned if not sources.get(name, {}).get("licence")]
     if silent:
         notes.append(f"The data state no licence: {', '.join(map(escaped, silent))}.")
-    left_out = [f"{bad['count']} of {escaped(name)}" for name, bad in results.get("bad_samples", {}).items()]
+    not_learned = [f"{name} (train)" for name in later]
+    bad_samples = {name: bad for name, bad in results.get("bad_samples", {}).items() if name not in not_learned}
+    left_out = [f"{bad['count']} of {escaped(name)}" for name, bad in bad_samples.items()]
     if left_out:
         notes.append(f"Rows left out as bad samples: {', '.join(left_out)}.")
     if deleted := results.get("deleted_pairs"):

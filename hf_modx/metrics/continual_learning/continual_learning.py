@@ -13,7 +13,7 @@ Args:
     values: one row a phase, in their order, with the value of every test; None or NaN where it was not measured.
     learned_at: for each test the number of the phase that teaches it, 1 being the first; 0: known before; None: never
         taught; "all": a union of the other tests, left out. Default: test i is taught by phase i + 1.
-    has_initial_row: the first row was measured before the first phase.
+    has_initial_row: the first row was measured before the first phase, as in a run's results.json. Default: no.
 Returns:
     `average`, `last`, `backward_transfer`, `forgetting`, `transfer`, `forward_transfer`, `zero_shot_retention`; None
     where the matrix does not determine one.
