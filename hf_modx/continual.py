@@ -158,7 +158,7 @@ class ContinualRun:
         self.stream = self.deletions.kept(stream)
         if self.memory is not None and self.stream.base is None:
             logger.warning(
-                "There is nothing to replay in %r, the first phase. Pairs of what the model knows already can be given "
+                "There is nothing to replay in %r, the first phase. Pairs of what the model knows already are given "
                 "with --replay_dataset or PhaseStream.with_replay.",
                 self.stream.phases[0].name,
             )
