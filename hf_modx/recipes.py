@@ -132,7 +132,8 @@ def cclip(*, merge_factor: float = 0.5, **options: Any) -> list[LossCallback]:
 
 def modx_plus(
     *,
-    alpha: float = 2.0,
+    alpha: float | None = None,
+    replayed_only: bool = False,
     reference_batch_size: int | None = None,
     memory_size: int | float = 0.05,
     batch_share: float = 0.25,
@@ -145,10 +146,19 @@ def modx_plus(
     better by two standard errors.
 
     Args:
-        alpha, reference_batch_size: of `ModX`; the value is for batches of 128.
+        alpha: of `ModX`, for batches of 128. Default: 2, or with `replayed_only` 0.1.
+        replayed_only: distil the replayed pairs alone, at ten times the cosines. It keeps more (examples/README.md) of
+            what the memory holds pairs of; in a phase that replays nothing it keeps nothing.
+        reference_batch_size: of `ModX`.
         memory_size, batch_share: of `ExperienceReplay`.
     """
-    modx = ModX(alpha, reference_batch_size=reference_batch_size)
+    default, distill_scale = (0.1, 10.0) if replayed_only else (2.0, 1.0)
+    modx = ModX(
+        default if alpha is None else alpha,
+        distill_scale,
+        reference_batch_size=reference_batch_size,
+        replayed_only=replayed_only,
+    )
     return [modx, ExperienceReplay(memory_size, batch_share, contrastive=False)]
 
 

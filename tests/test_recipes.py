@@ -51,6 +51,19 @@ def test_every_option_that_a_recipe_shows_is_one_that_it_takes(recipe):
     assert build_recipe(recipe, **{parameter.name: parameter.default for parameter in parameters})
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, (2.0, 1.0, False)),
+        ({"replayed_only": True}, (0.1, 10.0, True)),
+        ({"replayed_only": True, "alpha": 0.3}, (0.3, 10.0, True)),
+    ],
+)
+def test_modx_plus_has_an_alpha_for_the_rows_that_it_distils(options, expected):
+    modx = find(build_recipe("modx_plus", **options), ModX)
+    assert (modx.alpha, modx.distill_scale, modx.replayed_only) == expected
+
+
 def test_unknown_recipe_names_those_there_are():
     with pytest.raises(ValueError, match="no recipe 'modix'.*finetune.*modx"):
         build_recipe("modx+modix")
