@@ -61,7 +61,7 @@ from .run.identity import refuse_other_weights, refused_changes, run_identity, w
 from .run.lock import alone_in
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
-from .run.retention import RetentionTests, retention_budget, stopped_early
+from .run.retention import RetentionTests, retention_budget
 from .run.stream_checks import StreamChecks, refuse_other_types, warn_of_lost_pair_ids
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
@@ -98,7 +98,8 @@ class ContinualRun:
         recipe_args: options of a recipe given by name; of a combination by part, as in {"modx": {"alpha": 5}}.
         revision: of a model given by name.
         base_max_steps: optimizer steps of the small CLIP, where no model is given.
-        callbacks: further TrainerCallbacks for every phase.
+        callbacks: further TrainerCallbacks for every phase. What a checkpoint keeps of those that transformers calls
+            `ExportableState`, as early stopping, they have again when the phase goes on.
         tests: further tests by name, evaluated after every phase beside the stream's own (see `load_tests`).
 
     Raises:
@@ -360,7 +361,7 @@ class ContinualRun:
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
-        if state is not None and (state.global_step >= self.steps(number) or stopped_early(checkpoint)):
+        if state is not None and (state.global_step >= self.steps(number) or _was_stopped(state)):
             # Interrupted between the last step and the publishing: `train` would do one step too many.
             trainer.finish_from(checkpoint)
         else:
@@ -656,3 +657,8 @@ class ContinualRun:
 
 def _state_of(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
+
+def _was_stopped(state: TrainerState) -> bool:
+    """Whether a callback, as early stopping or a retention budget, had ended the phase at this step."""
+    return state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]

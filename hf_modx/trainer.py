@@ -17,6 +17,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput, TrainOutput, rotate_checkpoints, speed_metrics
 
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
@@ -667,6 +668,17 @@ class ModXTrainer(Trainer):
         read_beside_adapter(self._dual_encoder, resume_from_checkpoint)
         read_trained_along(self._along, resume_from_checkpoint)
         self._means.read(Path(resume_from_checkpoint))
+
+    def _load_callback_state(self) -> None:
+        """Of callbacks as early stopping, which know how long they have waited. The stock method does it only if asked
+        to, and with new objects, which the run's next phase would not know."""
+        for name, stored in self.state.stateful_callbacks.items():
+            own = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+            own = [callback for callback in own if type(callback).__name__ == name]
+            # Of several of one class the states are appended with every checkpoint.
+            states = stored[-len(own) :] if isinstance(stored, list) else [stored]
+            for callback, state in zip(own, states, strict=False):
+                vars(callback).update(state["attributes"])
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

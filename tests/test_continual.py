@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, Value
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 from transformers.utils import logging as transformers_logging
 
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
@@ -424,6 +424,26 @@ def test_interrupted_run_ends_as_an_undisturbed_one(run, make_args, tmp_path, re
     assert results(resumed)["matrix"] == results(whole)["matrix"]
     assert training_without_clocks(resumed) == training_without_clocks(whole)
     assert_filled(results(whole))
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["while it waits", "after it has stopped"])
+def test_early_stopping_stops_where_it_would_have_without_the_interruption(run, make_args, step):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"metric_for_best_model": "eval_part 1_loss", "load_best_model_at_end": True}
+
+    class StopAtSave(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise SystemExit("power cut")
+
+    def never_improved():
+        """After three looks, the first of which has nothing before it, it stops."""
+        return EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e9)
+
+    with pytest.raises(SystemExit):
+        run(make_stream(1), args=make_args(**settings), callbacks=[never_improved(), StopAtSave()])
+    resumed = run(make_stream(1), args=make_args(**settings), callbacks=[never_improved()])
+    assert results(resumed)["training"][0]["steps"] == 3
 
 
 def cut(path):
