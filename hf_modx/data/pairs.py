@@ -229,7 +229,7 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
                 f"There is no column {column!r} ({option}).{near} The columns are: {', '.join(dataset.column_names)}."
             )
     image_feature = dataset.features[image_column]
-    if not isinstance(image_feature, datasets.Image):
+    if not isinstance(image_feature, datasets.Image) or not image_feature.decode:
         raise TypeError(
             f"Column {image_column!r} holds {image_feature}, not images. Cast it first: "
             f"dataset.cast_column({image_column!r}, datasets.Image())."
