@@ -41,6 +41,7 @@ from .pretrained import load_model
 from .recipes import Part, build_recipe, check_teachers, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .rollback import history_in_words, reopen
+from .run.argument_checks import check_checkpoints
 from .run.cross_phase import RunCrossPhase
 from .run.disorder import RunDisorder, training_sample
 from .run.evaluation_tests import RunTests
@@ -106,8 +107,8 @@ class ContinualRun:
         ImportError: `args.peft` without PEFT.
         FloatingPointError: the model has NaN or infinite weights.
         TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
-            nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
-            before any training.
+            nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run;
+            checkpoints that nothing goes on from, or a best one by what is not measured. All before any training.
         HubAccessError: with `push_to_hub`, no token, or one that may not write. It and the errors of `run` are in
             `hf_modx.hub`.
     """
@@ -148,6 +149,7 @@ class ContinualRun:
         if model is not None:
             self._load_start(model, processing_class, revision)
         self.tests = RunTests(stream, tests or {}, self.args.pair_columns)
+        check_checkpoints(args, self.tests.pairs)
         self.disorder, self.cross_phase = RunDisorder(self._encode), RunCrossPhase(self._encode)
         if self.memory is not None or not self._trains_on_phases_alone:
             refuse_other_types(self.tests.stream, self.args.pair_columns)

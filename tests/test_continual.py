@@ -308,7 +308,7 @@ def test_more_phases_end_with_the_weights_of_one_long_run(run, started_again, ma
     assert same(weights(grown, 3), weights(whole, 3))
 
 
-KEEP_THE_BEST = {"load_best_model_at_end": True}
+KEEP_THE_BEST = {"load_best_model_at_end": True, "metric_for_best_model": "part 1_loss"}
 KEEP_THE_BEST |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | dict.fromkeys(
     ("eval_steps", "save_steps"), 1
 )
@@ -424,6 +424,25 @@ def test_interrupted_run_ends_as_an_undisturbed_one(run, make_args, tmp_path, re
     assert results(resumed)["matrix"] == results(whole)["matrix"]
     assert training_without_clocks(resumed) == training_without_clocks(whole)
     assert_filled(results(whole))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"save_only_model": True}, "save_only_model leaves checkpoints that nothing goes on from"),
+        ({"resume_from_checkpoint": "elsewhere/checkpoint-4"}, "goes on by itself .* Leave resume_from_checkpoint"),
+        ({"load_best_model_at_end": True}, "'loss' is measured of no test .* such as 'part 0_image_to_text_recall@1'"),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "part 1_image_to_text_median_rank"},
+            "less is better: .* greater_is_better",
+        ),
+    ],
+)
+def test_arguments_that_would_be_told_of_after_hours_are_refused(run, make_args, tmp_path, settings, message):
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(ValueError, match=message):
+        run(args=make_args(**steps, **settings))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["while it waits", "after it has stopped"])
