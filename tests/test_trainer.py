@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import hashlib
 import inspect
 import logging
+import re
 import warnings
 import weakref
 
@@ -521,8 +523,11 @@ def test_one_string_a_row_is_a_caption_too(model, make_args, processor, pairs):
 @pytest.mark.parametrize("ids", [["sku"] * 48, [None, *range(47)]])
 def test_pair_ids_must_be_whole_numbers(model, make_args, processor, pairs, ids):
     data = pairs.remove_columns("pair_id").add_column("pair_id", ids)
-    with pytest.raises(TypeError, match="class_encode_column"):
+    with pytest.raises(TypeError, match="the same in all parts .* as int") as error:
         train(model, make_args(), processor, data)
+    (remedy,) = re.findall(r" as (int\(.*, 16\)),", str(error.value))
+    numbers = [eval(remedy, {"hashlib": hashlib, "id": one}) for one in ("A17", "B3", "A17")]
+    assert numbers[0] == numbers[2] != numbers[1] and min(numbers) >= 0 and max(numbers) < 2**63
 
 
 @pytest.mark.slow
