@@ -610,6 +610,11 @@ def test_batches_that_shrink_where_memory_is_short_are_refused(make_args):
         make_args(auto_find_batch_size=True)
 
 
+def test_another_order_of_the_rows_is_refused(make_args):
+    with pytest.raises(ValueError, match="train_sampling_strategy='sequential' has no effect"):
+        make_args(train_sampling_strategy="sequential")
+
+
 def test_label_smoothing_of_transformers_is_refused(make_args):
     with pytest.raises(ValueError, match="label_smoothing_factor has no effect"):
         make_args(label_smoothing_factor=0.1)
