@@ -57,6 +57,7 @@ def in_double(batch):
 
 def arguments(folder, **changes):
     settings = {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    settings |= {"warmup_steps": 0}  # or the first step, after which runs are interrupted, would change nothing
     settings |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     return ModXTrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
