@@ -41,6 +41,7 @@ from .pretrained import load_model
 from .recipes import Part, build_recipe, check_teachers, recipe_name
 from .replay import ReplayMemory, embed_rows
 from .rollback import history_in_words, reopen
+from .run.argument_checks import check_checkpoints
 from .run.cross_phase import RunCrossPhase
 from .run.disorder import RunDisorder, training_sample
 from .run.evaluation_tests import RunTests
@@ -61,7 +62,7 @@ from .run.identity import refuse_other_weights, refused_changes, run_identity, w
 from .run.lock import alone_in
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
-from .run.retention import RetentionTests, retention_budget, stopped_early
+from .run.retention import RetentionTests, retention_budget
 from .run.stream_checks import StreamChecks, refuse_other_types, warn_of_lost_pair_ids
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
@@ -98,15 +99,16 @@ class ContinualRun:
         recipe_args: options of a recipe given by name; of a combination by part, as in {"modx": {"alpha": 5}}.
         revision: of a model given by name.
         base_max_steps: optimizer steps of the small CLIP, where no model is given.
-        callbacks: further TrainerCallbacks for every phase.
+        callbacks: further TrainerCallbacks for every phase. What a checkpoint keeps of those that transformers calls
+            `ExportableState`, as early stopping, they have again when the phase goes on.
         tests: further tests by name, evaluated after every phase beside the stream's own (see `load_tests`).
 
     Raises:
         ImportError: `args.peft` without PEFT.
         FloatingPointError: the model has NaN or infinite weights.
         TypeError, ValueError: the model is no dual encoder, or has an adapter already; columns are missing or hold
-            nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run. All
-            before any training.
+            nulls; images cannot be decoded (unless `args.bad_samples="skip"`); `output_dir` holds a different run;
+            checkpoints that nothing goes on from, or a best one by what is not measured. All before any training.
         HubAccessError: with `push_to_hub`, no token, or one that may not write. It and the errors of `run` are in
             `hf_modx.hub`.
     """
@@ -147,6 +149,7 @@ class ContinualRun:
         if model is not None:
             self._load_start(model, processing_class, revision)
         self.tests = RunTests(stream, tests or {}, self.args.pair_columns)
+        check_checkpoints(args, self.tests.pairs)
         self.disorder, self.cross_phase = RunDisorder(self._encode), RunCrossPhase(self._encode)
         if self.memory is not None or not self._trains_on_phases_alone:
             refuse_other_types(self.tests.stream, self.args.pair_columns)
@@ -366,7 +369,7 @@ class ContinualRun:
         on_main_process(lambda: self._require_room(number, trainer))
         checkpoint = on_main_process(lambda: last_complete_checkpoint(checkpoints_folder(self.folder, number)))
         state = _state_of(checkpoint) if checkpoint is not None else None
-        if state is not None and (state.global_step >= self.steps(number) or stopped_early(checkpoint)):
+        if state is not None and (state.global_step >= self.steps(number) or _was_stopped(state)):
             # Interrupted between the last step and the publishing: `train` would do one step too many.
             trainer.finish_from(checkpoint)
         else:
@@ -662,3 +665,8 @@ class ContinualRun:
 
 def _state_of(checkpoint: str) -> TrainerState:
     return TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+
+
+def _was_stopped(state: TrainerState) -> bool:
+    """Whether a callback, as early stopping or a retention budget, had ended the phase at this step."""
+    return state.stateful_callbacks["TrainerControl"]["args"]["should_training_stop"]

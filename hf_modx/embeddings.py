@@ -53,8 +53,12 @@ def logit_scale_of(dual_encoder: nn.Module) -> float:
 
 def longest_caption(dual_encoder: nn.Module, tokenizer: Any) -> int | None:
     """Tokens that both the tokenizer and the model's position embeddings allow."""
-    config = dual_encoder.config.get_text_config()
-    limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", None))
+    places = getattr(dual_encoder.config.get_text_config(), "max_position_embeddings", None)
+    table = getattr(getattr(dual_encoder.text_model, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    if places is not None and padding is not None:
+        places -= padding + 1  # RoBERTa and its kin begin behind the place of the padding
+    limits = (tokenizer.model_max_length, places)
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -88,7 +88,8 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self._agreed = _largest(self._received, args.device)
         if self._agreed:
-            control.should_save = control.should_training_stop = True
+            # Not `should_training_stop`: a checkpoint that says so is the last one of its phase.
+            control.should_save = control.should_epoch_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
         # After a stop within an epoch as well; other callbacks have seen the checkpoint by now.

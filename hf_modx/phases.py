@@ -1,10 +1,12 @@
 """A stream of phases: data that arrives in portions, each with a training and a test part."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,11 @@ from .data.loading import concatenate_shared, require_table
 from .data.replay_dataset import like_stream
 from .nearest import did_you_mean
 
+logger = logging.getLogger(__name__)
+
 TRAIN, TEST = "_train", "_test"
 FINGERPRINT_ROWS = 64
+ORDER_SHOWN = 12
 ALL = "all"
 """In the place of the number of the phase that teaches a test: all of them together do."""
 
@@ -250,7 +255,10 @@ class PhaseStream:
         feature = dataset.features[column]
         if isinstance(feature, ClassLabel):
             values = [feature.int2str(value) for value in values]
-        order = list(dict.fromkeys(values)) if order is None else list(order)
+        if order is None:
+            order = list(dict.fromkeys(values))
+            _warn_of_mixed_times(column, order)
+        order = list(order)
         rows: dict = {value: [] for value in order}
         for row, value in enumerate(values):
             if value in rows:
@@ -408,6 +416,18 @@ def _sort_by_time(texts: set[str]) -> bool:
     )
 
 
+def _warn_of_mixed_times(column: str, order: list) -> None:
+    """Say so where the values are dates and come in another order than that of time."""
+    texts = all(isinstance(value, str) and re.match(r"\d{4}", value) for value in order) and _sort_by_time(set(order))
+    if (texts or all(isinstance(value, date) for value in order)) and order != sorted(order):
+        logger.warning(
+            "The phases are learned in the order in which the values of column %r first appear, which is not that of "
+            "time: %s. Sort the table by it if that is not meant.",
+            column,
+            ", ".join(map(str, order[:ORDER_SHOWN])) + (" ..." if len(order) > ORDER_SHOWN else ""),
+        )
+
+
 def hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Phase:
     """Split a random share off as test part; a share of 0 means no test."""
     if not 0 <= test_fraction < 1:
@@ -416,6 +436,9 @@ def hold_out(name: str, dataset: Dataset, test_fraction: float, seed: int) -> Ph
         return Phase(name, dataset)
     num_test = max(1, round(len(dataset) * test_fraction))
     if num_test >= len(dataset):
-        raise ValueError(f"Phase {name!r} has {len(dataset)} rows: too few to hold out {test_fraction:.0%} of them.")
+        raise ValueError(
+            f"Phase {name!r} has {len(dataset)} rows: too few to hold out {test_fraction:.0%} of them. Put them into "
+            "another phase, or give tests of your own and a test_fraction of 0."
+        )
     order = np.random.default_rng(seed).permutation(len(dataset))
     return Phase(name, dataset.select(np.sort(order[num_test:])), dataset.select(np.sort(order[:num_test])))

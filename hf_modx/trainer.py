@@ -16,9 +16,11 @@ from accelerate.data_loader import skip_first_batches
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerState
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PredictionOutput, TrainOutput, rotate_checkpoints, speed_metrics
 
+from .adapter import has_adapter
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
 from .callbacks.base import BatchGradient, PhaseBoundary
 from .callbacks.contrastive import contrastive_loss
@@ -49,6 +51,7 @@ from .training.checkpoint import (
     read_beside_adapter,
     read_loss_callbacks,
     read_trained_along,
+    read_weights,
     write_loss_callbacks,
     write_trained_beside,
 )
@@ -662,14 +665,31 @@ class ModXTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_phase()
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._is_plain:
+            read_weights(self._dual_encoder, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.load_loss_callbacks(os.path.join(resume_from_checkpoint, LOSS_CALLBACKS_NAME))
         read_beside_adapter(self._dual_encoder, resume_from_checkpoint)
         read_trained_along(self._along, resume_from_checkpoint)
         self._means.read(Path(resume_from_checkpoint))
 
+    def _load_callback_state(self) -> None:
+        """Of callbacks as early stopping, which know how long they have waited. The stock method does it only if asked
+        to, and with new objects, which the run's next phase would not know."""
+        for name, stored in self.state.stateful_callbacks.items():
+            own = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
+            own = [callback for callback in own if type(callback).__name__ == name]
+            # Of several of one class the states are appended with every checkpoint.
+            states = stored[-len(own) :] if isinstance(stored, list) else [stored]
+            for callback, state in zip(own, states, strict=False):
+                vars(callback).update(state["attributes"])
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self._is_plain:
+            read_weights(self._dual_encoder, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         read_beside_adapter(self._dual_encoder, self.state.best_model_checkpoint)
 
     def save_loss_callbacks(self, path: str | os.PathLike) -> None:
@@ -723,6 +743,11 @@ class ModXTrainer(Trainer):
     @property
     def _dual_encoder(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _is_plain(self) -> bool:
+        """A model of transformers without adapter."""
+        return isinstance(self._dual_encoder, PreTrainedModel) and not has_adapter(self._dual_encoder)
 
     @property
     def _positives(self) -> bool:

@@ -289,6 +289,11 @@ class ModXTrainingArguments(TrainingArguments):
                 "auto_find_batch_size would train with other contrastive batches than it is told, and other results. "
                 "Leave it out: gradient_cache_chunk_size bounds memory and changes nothing else."
             )
+        if self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} has no effect: pairs come in an order that "
+                "is random, of data_seed and the epoch. Leave it out; pairs_in_batch says which may share a batch."
+            )
         if self.label_smoothing_factor:
             raise ValueError(
                 "label_smoothing_factor has no effect on a contrastive loss. Classes are smoothed by an argument of "

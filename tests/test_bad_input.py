@@ -19,6 +19,7 @@ from PIL import Image
 from hf_modx import ContinualRun, Phase, PhaseStream
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.data.bad_samples import find_bad_samples
+from hf_modx.data.loading import load_splits
 from hf_modx.embeddings import text_inputs
 
 from tiny import SIZE, tiny_pairs, tiny_processor
@@ -215,6 +216,14 @@ def test_bad_rows_are_refused_with_their_number_and_the_first_of_them(start, tmp
 def test_columns_that_are_missing_misspelt_or_of_another_type(start, columns, message):
     with pytest.raises((ValueError, TypeError), match=message):
         start(tiny_pairs(9), **columns)
+
+
+def test_images_that_were_saved_undecoded_are_decoded_or_told_of(start, tmp_path):
+    undecoded = tiny_pairs(9).cast_column("image", datasets.Image(decode=False))
+    with pytest.raises(TypeError, match=r"holds Image\(.*decode=False\).*cast_column\('image', datasets.Image\(\)\)"):
+        start(undecoded)
+    undecoded.save_to_disk(str(tmp_path / "data"))
+    start(load_splits(str(tmp_path / "data"))["train"])
 
 
 def test_data_without_pair_ids_need_none(start):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset, Value
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, CLIPModel, CLIPProcessor, TrainerCallback, pipeline
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 from transformers.utils import logging as transformers_logging
 
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
@@ -318,7 +318,7 @@ def test_more_phases_end_with_the_weights_of_one_long_run(run, started_again, ma
     assert same(weights(grown, 3), weights(whole, 3))
 
 
-KEEP_THE_BEST = {"load_best_model_at_end": True}
+KEEP_THE_BEST = {"load_best_model_at_end": True, "metric_for_best_model": "part 1_loss"}
 KEEP_THE_BEST |= dict.fromkeys(("eval_strategy", "save_strategy"), "steps") | dict.fromkeys(
     ("eval_steps", "save_steps"), 1
 )
@@ -434,6 +434,45 @@ def test_interrupted_run_ends_as_an_undisturbed_one(run, make_args, tmp_path, re
     assert results(resumed)["matrix"] == results(whole)["matrix"]
     assert training_without_clocks(resumed) == training_without_clocks(whole)
     assert_filled(results(whole))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"save_only_model": True}, "save_only_model leaves checkpoints that nothing goes on from"),
+        ({"resume_from_checkpoint": "elsewhere/checkpoint-4"}, "goes on by itself .* Leave resume_from_checkpoint"),
+        ({"load_best_model_at_end": True}, "'loss' is measured of no test .* such as 'part 0_image_to_text_recall@1'"),
+        (
+            {"load_best_model_at_end": True, "metric_for_best_model": "part 1_image_to_text_median_rank"},
+            "less is better: .* greater_is_better",
+        ),
+    ],
+)
+def test_arguments_that_would_be_told_of_after_hours_are_refused(run, make_args, tmp_path, settings, message):
+    steps = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    with pytest.raises(ValueError, match=message):
+        run(args=make_args(**steps, **settings))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["while it waits", "after it has stopped"])
+def test_early_stopping_stops_where_it_would_have_without_the_interruption(run, make_args, step):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    settings |= {"metric_for_best_model": "eval_part 1_loss", "load_best_model_at_end": True}
+
+    class StopAtSave(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                raise SystemExit("power cut")
+
+    def never_improved():
+        """After three looks, the first of which has nothing before it, it stops."""
+        return EarlyStoppingCallback(early_stopping_patience=2, early_stopping_threshold=1e9)
+
+    with pytest.raises(SystemExit):
+        run(make_stream(1), args=make_args(**settings), callbacks=[never_improved(), StopAtSave()])
+    resumed = run(make_stream(1), args=make_args(**settings), callbacks=[never_improved()])
+    assert results(resumed)["training"][0]["steps"] == 3
 
 
 def cut(path):

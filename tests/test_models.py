@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, RobertaConfig
 
 from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.callbacks.contrastive import contrastive_loss
@@ -32,7 +32,7 @@ from hf_modx.teacher import AdapterOffTeacher, teacher_of
 
 from launch import launch
 from test_continual import StopAt
-from tiny import ARCHITECTURES, CONTEXT, SIZE, tiny_dual_encoder, tiny_pairs
+from tiny import ARCHITECTURES, CONTEXT, SIZE, TOWER, tiny_dual_encoder, tiny_pairs
 
 SIGMOID = ["siglip", "siglip2"]
 PAIRS = ("image", "caption", "pair_id")
@@ -57,6 +57,7 @@ def in_double(batch):
 
 def arguments(folder, **changes):
     settings = {"max_steps": 2, "learning_rate": 1e-3, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    settings |= {"warmup_steps": 0}  # or the first step, after which runs are interrupted, would change nothing
     settings |= {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     return ModXTrainingArguments(output_dir=str(folder), **{**settings, **changes})
 
@@ -94,6 +95,20 @@ def test_inputs_are_those_of_the_models_own_processor(name):
 
 def test_caption_longer_than_the_context_is_cut(name):
     model, processor = tiny_dual_encoder(name)
+    tokens = PairCollator.for_model(model, processor).tokens(["one red circle in blue " * CONTEXT])
+    assert tokens["input_ids"].shape == (1, CONTEXT)
+    assert embed_texts(model, **tokens).isfinite().all()
+
+
+def test_longest_caption_of_roberta_leaves_out_the_places_that_it_does_not_use():
+    """Its positions begin behind the one of the padding, and not every tokenizer says how long a text may be."""
+    vit_and_bert, processor = tiny_dual_encoder("vision-text-dual-encoder")
+    processor.tokenizer.model_max_length = 10**30
+    text = {**TOWER, "vocab_size": len(processor.tokenizer), "max_position_embeddings": CONTEXT + 2, "pad_token_id": 1}
+    config = type(vit_and_bert.config).from_vision_text_configs(
+        vit_and_bert.config.vision_config, RobertaConfig(**text), projection_dim=8
+    )
+    model = type(vit_and_bert)(config)
     tokens = PairCollator.for_model(model, processor).tokens(["one red circle in blue " * CONTEXT])
     assert tokens["input_ids"].shape == (1, CONTEXT)
     assert embed_texts(model, **tokens).isfinite().all()

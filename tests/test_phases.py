@@ -160,6 +160,23 @@ def test_nulls_are_refused_with_the_first_row(make):
         make(table(4, style=["a", "b", None, None]), "style")
 
 
+@pytest.mark.parametrize(
+    ("months", "is_told"),
+    [
+        (["2024-02", "2024-01", "2024-02"], True),
+        ([datetime.date(2024, 2, 1), datetime.date(2024, 1, 1), datetime.date(2024, 1, 1)], True),
+        (["2024-01", "2024-02", "2024-02"], False),
+        (["winter", "autumn", "winter"], False),
+        ([7, 3, 7], False),
+    ],
+)
+def test_months_that_do_not_come_in_the_order_of_time_are_told(caplog, months, is_told):
+    PhaseStream.from_column(table(3, month=months), "month", test_fraction=0)
+    assert ("not that of time: 2024-02" in caplog.text) == is_told
+    PhaseStream.from_column(table(3, month=months), "month", order=list(dict.fromkeys(months)), test_fraction=0)
+    assert caplog.text.count("not that of time") == is_told
+
+
 @pytest.mark.parametrize("make", [PhaseStream.from_column, lambda *a: PhaseStream.from_time(*a, 2)])
 def test_a_column_of_lists_is_refused(make):
     with pytest.raises(ValueError, match="'styles' holds List.*one text or number"):

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import hashlib
 import inspect
 import logging
+import re
 import warnings
 import weakref
 
@@ -521,8 +523,11 @@ def test_one_string_a_row_is_a_caption_too(model, make_args, processor, pairs):
 @pytest.mark.parametrize("ids", [["sku"] * 48, [None, *range(47)]])
 def test_pair_ids_must_be_whole_numbers(model, make_args, processor, pairs, ids):
     data = pairs.remove_columns("pair_id").add_column("pair_id", ids)
-    with pytest.raises(TypeError, match="class_encode_column"):
+    with pytest.raises(TypeError, match="the same in all parts .* as int") as error:
         train(model, make_args(), processor, data)
+    (remedy,) = re.findall(r" as (int\(.*, 16\)),", str(error.value))
+    numbers = [eval(remedy, {"hashlib": hashlib, "id": one}) for one in ("A17", "B3", "A17")]
+    assert numbers[0] == numbers[2] != numbers[1] and min(numbers) >= 0 and max(numbers) < 2**63
 
 
 @pytest.mark.slow
@@ -603,6 +608,11 @@ def test_term_that_is_no_scalar_is_named(model, make_args, processor, pairs):
 def test_batches_that_shrink_where_memory_is_short_are_refused(make_args):
     with pytest.raises(ValueError, match="auto_find_batch_size .* gradient_cache_chunk_size"):
         make_args(auto_find_batch_size=True)
+
+
+def test_another_order_of_the_rows_is_refused(make_args):
+    with pytest.raises(ValueError, match="train_sampling_strategy='sequential' has no effect"):
+        make_args(train_sampling_strategy="sequential")
 
 
 def test_label_smoothing_of_transformers_is_refused(make_args):

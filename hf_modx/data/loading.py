@@ -71,7 +71,7 @@ def load_table(source: Dataset | str | os.PathLike, split: str, config: str | No
 
 def with_images(table: Dataset, column: str) -> Dataset:
     """The table with paths and bytes in a column, as parquet files hold them, as images."""
-    if isinstance(table.features[column], datasets.Image):
+    if getattr(table.features[column], "decode", False):
         return table
     return table.cast_column(column, datasets.Image())
 

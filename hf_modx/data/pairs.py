@@ -229,7 +229,7 @@ def check_columns(dataset: Dataset, image_column: str, caption_column: str) -> N
                 f"There is no column {column!r} ({option}).{near} The columns are: {', '.join(dataset.column_names)}."
             )
     image_feature = dataset.features[image_column]
-    if not isinstance(image_feature, datasets.Image):
+    if not isinstance(image_feature, datasets.Image) or not image_feature.decode:
         raise TypeError(
             f"Column {image_column!r} holds {image_feature}, not images. Cast it first: "
             f"dataset.cast_column({image_column!r}, datasets.Image())."
@@ -251,8 +251,10 @@ def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
     if whole and column.null_count == 0 and (len(column) == 0 or pc.max(column).as_py() < 2**63):
         return
     raise TypeError(
-        f"Column {pair_id_column!r} must hold integers below 2^63 without nulls, it holds {feature}. Number the ids "
-        f"(dataset.class_encode_column({pair_id_column!r})), rename the column, or name another with pair_id_column."
+        f"Column {pair_id_column!r} must hold integers below 2^63 without nulls, it holds {feature}. Make a number of "
+        "each id that is the same in all parts and in data to come (a numbering within a part is not), as "
+        "int(hashlib.blake2b(str(id).encode(), digest_size=7).hexdigest(), 16), and one of its own for a row without; "
+        "rename the column, or name another with pair_id_column."
     )
 
 

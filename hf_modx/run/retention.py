@@ -1,18 +1,13 @@
 """Which tests of a run its retention budget is about."""
 
 import logging
-import os
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from ..callbacks import LossCallback, RetentionBudget
-from ..callbacks.retention import STOPPED
 from ..data.loading import load_splits
 from ..evaluation.suite import EvaluationTest, RetrievalTest
-from ..training.checkpoint import LOSS_CALLBACKS_NAME
 from ..training_args import ModXTrainingArguments
 
 logger = logging.getLogger(__name__)
@@ -27,13 +22,6 @@ def retention_budget(args: ModXTrainingArguments) -> list[LossCallback]:
     budget = RetentionBudget(args.max_forgetting, args.on_forgetting, args.retention_steps, args.retention_metric)
     budget.asked = args.retention_dataset
     return [budget]
-
-
-def stopped_early(checkpoint: str | os.PathLike) -> bool:
-    """Whether a budget had ended the phase at the step of this checkpoint."""
-    with safe_open(Path(checkpoint, LOSS_CALLBACKS_NAME), "pt") as state:
-        found = [name for name in state.keys() if name.endswith(f".{RetentionBudget.__name__}.{STOPPED}")]  # noqa: SIM118
-        return any(state.get_tensor(name).item() > 0 for name in found)
 
 
 class RetentionTests:

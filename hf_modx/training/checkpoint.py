@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..adapter import has_adapter
 from ..callbacks import LossCallback
@@ -17,6 +18,20 @@ from .callback_modules import CallbackModules
 LOSS_CALLBACKS_NAME = "loss_callbacks.safetensors"
 TRAINED_BESIDE_NAME = "trained_beside.safetensors"
 """In a checkpoint: what is trained and in none of the model's own files."""
+
+
+def read_weights(model: PreTrainedModel, checkpoint: str | os.PathLike) -> None:
+    """Take all weights of a model without adapter back.
+
+    The stock Trainer reads the file by its own names and goes on without what it does not find. `save_pretrained`
+    writes other names than the model has, though, where those of a class were changed since (a ViT is one), which
+    `from_pretrained` alone translates.
+
+    Raises:
+        RuntimeError: the checkpoint lacks some of them.
+    """
+    saved = type(model).from_pretrained(checkpoint, dtype=model.dtype)
+    model.load_state_dict(saved.state_dict())
 
 
 def write_loss_callbacks(callbacks: Sequence[LossCallback], path: str | os.PathLike) -> None:
