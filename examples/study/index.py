@@ -4,9 +4,9 @@
     python examples/study/index.py runs/study --recipes finetune,modx
 
 Reads the models of the finished runs of `run.py` and trains nothing. After every phase the index of each test that was
-learned before it is asked with the new model's texts; the map is fitted on the training pairs that were learned before
-it. Beside one phase it measures all phases at once, with an index of the start model. Writes `index/`, a file for each
-run, and `index.md`. Run the command again after an interruption: what is measured stays.
+learned before it, and of the phase's own, is asked with the new model's texts; the map is fitted on the training pairs
+that were learned before it. Beside one phase it measures all phases at once, with an index of the start model. Writes
+`index/`, a file for each run, and `index.md`. Run the command again after an interruption: what is measured stays.
 """
 
 import argparse
@@ -101,11 +101,12 @@ def measured(run: Path, stream: PhaseStream, options: argparse.Namespace) -> lis
         known = [f"{FITTED} {number}" for number in range(old + 1)]
         maps = fit_alignments(*([embedded[number][part] for part in known] for number in (old, new)))
         for test, (_, learned_at) in tests.items():
-            if learned_at is not None and learned_at <= old:
+            if learned_at is not None and learned_at <= new:
                 values = index_recalls(embedded[old][test], embedded[new][test], *maps)
                 back = turned_back(embedded[new][test], *maps)
                 values["turned back"] = cross_phase_metrics(back, back)
-                entries.append({"old": old, "new": new, "test": test, "fitted_on": maps[0].pairs, "values": values})
+                about = {"old": old, "new": new, "test": test, "learned_at": learned_at, "fitted_on": maps[0].pairs}
+                entries.append({**about, "values": values})
     return entries
 
 
@@ -134,12 +135,13 @@ def embed(model: Path, stream: PhaseStream, options: argparse.Namespace) -> dict
 
 def explained(options: argparse.Namespace) -> str:
     return (
-        "Recall@1 in percent, mean ± standard deviation over the seeds, of the tests that were learned before the "
-        "phase; mean over tests and phases. The index holds the old model's embeddings, the queries are the new "
-        "model's. Re-aligned: turned by one orthogonal map, fitted on training pairs that were learned before, at "
-        f"most {options.fit_samples} of base and phases together. A rebuilt index holds the new model's embeddings. "
-        "Turned back: so it does, but each of the new towers is turned by the inverse of its own map; what this gives "
-        "back of the recall has been lost to a rotation of the towers against each other."
+        "Recall@1 in percent, mean ± standard deviation over the seeds, of the tests that were learned before the"
+        " phase, and of the one that it teaches; mean over tests and phases. The index holds the old model's "
+        "embeddings, the queries are the new model's. Re-aligned: turned by one orthogonal map, fitted on "
+        f"training pairs that were learned before, at most {options.fit_samples} of base and phases together. A "
+        "rebuilt index holds the new model's embeddings. Turned back: so it does, but each of the new towers is "
+        "turned by the inverse of its own map; what this gives back of the recall has been lost to a rotation of "
+        "the towers against each other."
     )
 
 
@@ -156,8 +158,9 @@ def chapter(stream: str, recipes: Mapping[str, Mapping[int, list[Mapping[str, An
 
 
 SPANS = {
-    "after one phase": lambda entry: entry["new"] == entry["old"] + 1,
-    "of the start, after all phases": lambda entry: entry["old"] == 0 and entry["new"] > 1,
+    "after one phase": lambda entry: entry["new"] == entry["old"] + 1 and entry["learned_at"] <= entry["old"],
+    "of the start, after all phases": lambda entry: entry["new"] > entry["old"] + 1 and entry["learned_at"] == 0,
+    "after one phase, its own test": lambda entry: entry["new"] == entry["old"] + 1 == entry["learned_at"],
 }
 
 
