@@ -26,7 +26,7 @@ PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/KEEPING
 LINKED = ["README.md", "CONTRIBUTING.md", *(f"{folder}/**/*.md" for folder in ("examples", "model_cards", "tests"))]
 OF_OTHERS = {"git", "pip", "hf", "pytest", "ruff", "pre-commit", "pdoc", "python3"}
 """Programs that are not ours."""
-STUDIES = {f"examples/study/{name}.py" for name in ("run", "budget", "batch_size")}
+STUDIES = {f"examples/study/{name}.py" for name in ("run", "budget", "batch_size", "confirm")}
 """Scripts with the options of `run.py`."""
 
 
