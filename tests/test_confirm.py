@@ -96,6 +96,19 @@ def test_base_is_tested_on_drawings_that_it_knows_in_renderings_alone(library, t
     )
 
 
+def test_drawings_of_a_killed_process_are_drawn_again(library, tmp_path, monkeypatch):
+    save = datasets.DatasetDict.save_to_disk
+
+    def killed(data, folder):
+        save(datasets.DatasetDict({"original": data["original"]}), folder)
+        raise SystemExit("power cut")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="power cut"):
+        patch.setattr(datasets.DatasetDict, "save_to_disk", killed)
+        confirm.drawn(tmp_path / "drawings")
+    assert set(confirm.drawn(tmp_path / "drawings")) == {"original", "mosaic", "pastel", "popart"}
+
+
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(confirm, "LIBRARY", tmp_path / "nowhere")
     with pytest.raises(SystemExit, match="apt-get install openclipart-png openclipart-svg"):
@@ -113,6 +126,8 @@ def test_tiny_form_runs_a_recipe_on_it(library, tmp_path):
     command = ["--tiny", "--recipes", "er", "--seeds", "0", "--use_cpu", "true", "--output_dir", str(tmp_path)]
     try:
         assert confirm.main(command) == 0
+        with pytest.raises(ValueError, match="no validation drawings"):
+            DEMO_STREAMS[confirm.STREAM](0, validation=True)
     finally:
         DEMO_STREAMS.pop(confirm.STREAM)
     assert is_finished(tmp_path / "clipart" / "er-seed0")

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import datasets
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
+from filelock import FileLock
 from PIL import Image
 
 STUDY = Path(__file__).resolve().parent
@@ -73,20 +74,22 @@ class Drawing(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    argv = [*(word for pair in DEFAULTS.items() if pair[0] not in argv for word in pair), *argv]
+    argv = run.with_defaults(argv, DEFAULTS)
     options, _ = run.parse(argv)
     if options.jobs > 1 or options.tune:
         raise SystemExit("--jobs and --tune do not go with this stream: it is for confirming, one run at a time.")
     drawings = drawn(options.output_dir / "drawings")
 
     def clipart_stream(seed: int = 0, *, validation: bool = False) -> PhaseStream:
+        if validation:
+            raise ValueError("Nothing is chosen on this stream: it has no validation drawings.")
         return PhaseStream(instance_stream(seed).phases, base=clipart_phase(drawings, seed))
 
     DEMO_STREAMS[STREAM] = clipart_stream
     return run.main(argv)
 
 
-def clipart_phase(drawings: dict[str, Dataset], seed: int) -> Phase:
+def clipart_phase(drawings: DatasetDict, seed: int) -> Phase:
     """All drawings as they are and in three renderings; a quarter of them is tested as it is, and trained on in its
     renderings alone."""
     tested = fold_concepts(drawings["original"], 4, seed)[0]
@@ -98,16 +101,27 @@ def clipart_phase(drawings: dict[str, Dataset], seed: int) -> Phase:
 # ---- The drawings ----
 
 
-def drawn(folder: Path) -> dict[str, Dataset]:
-    """The drawings as they are and in each rendering, with the same rows; drawn once, then read from the folder."""
-    if not folder.is_dir():
-        if not LIBRARY.is_dir():
-            raise SystemExit("The drawings are missing: apt-get install openclipart-png openclipart-svg")
-        shown = with_own_picture([(one, picture_of(one)) for one in with_own_title(titled(LIBRARY))])
-        styles = {"original": lambda picture: picture, **RENDERERS}
-        data = {name: table(name, [(one, paint(picture)) for one, picture in shown]) for name, paint in styles.items()}
-        datasets.DatasetDict(data).save_to_disk(folder)
+def drawn(folder: Path) -> DatasetDict:
+    """The drawings as they are and in each rendering, with the same rows; drawn once, then read from the folder. Of
+    several processes one draws, and the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            # Renamed when it is whole: a killed process leaves no half of it under that name.
+            scratch = folder.with_name(f"{folder.name}.part")
+            draw_library().save_to_disk(scratch)
+            scratch.rename(folder)
     return datasets.load_from_disk(str(folder))
+
+
+def draw_library() -> DatasetDict:
+    if not LIBRARY.is_dir():
+        raise SystemExit("The drawings are missing: apt-get install openclipart-png openclipart-svg")
+    shown = with_own_picture([(one, picture_of(one)) for one in with_own_title(titled(LIBRARY))])
+    styles = {"original": lambda picture: picture, **RENDERERS}
+    return DatasetDict(
+        {name: table(name, [(one, paint(picture)) for one, picture in shown]) for name, paint in styles.items()}
+    )
 
 
 def titled(library: Path) -> Iterator[Drawing]:

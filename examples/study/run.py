@@ -109,13 +109,18 @@ def with_report(
     report: Callable[[Sequence[Cell]], str],
 ) -> int:
     """`main` with other defaults, and then a table of one's own as a file in the output folder."""
-    argv = [*(word for pair in defaults.items() if pair[0] not in argv for word in pair), *argv]
+    argv = with_defaults(argv, defaults)
     options, _ = parse(argv)
     status = main(argv)
     found = report(read_cells(options.output_dir))
     write_text(options.output_dir / name, found)
     print(found)
     return status
+
+
+def with_defaults(argv: Sequence[str], defaults: Mapping[str, str]) -> list[str]:
+    """The command line with the flags that it does not give."""
+    return [*(word for pair in defaults.items() if pair[0] not in argv for word in pair), *argv]
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
