@@ -91,8 +91,6 @@ class ModX(LossCallback):
                 'reference_batch_size counts the rows that are kept, and screen="rectify" has others that pull too: '
                 "leave one out."
             )
-        if reference_batch_size is not None and replayed_only:
-            raise ValueError("reference_batch_size counts rows of the whole batch, replayed_only others: choose one.")
         self.alpha = alpha
         self.alpha_start = alpha_start
         self.reference_batch_size = reference_batch_size
@@ -128,11 +126,12 @@ class ModX(LossCallback):
         embeds = (student.image, student.text, teacher.image, teacher.text)
         relations = {**context.relations, "chunk_size": self.chunk_size}
         alpha = self.current_alpha
+        distilled = context.is_replay if self.replayed_only else None
         distillation = {
             "distill_scale": self.distill_scale,
             "reduction": self.reduction,
             "screen": self.screen,
-            "rows": context.is_replay if self.replayed_only else None,
+            "rows": distilled,
         }
         if self.owns_contrastive and student.logit_bias is None:
             result = modx_loss(*embeds, student.logit_scale, alpha=alpha, **distillation, **relations)
@@ -143,7 +142,7 @@ class ModX(LossCallback):
             if self.owns_contrastive:
                 terms["contrastive"] = contrastive_loss(student, **relations)
         if self.reference_batch_size is not None:
-            alpha = alpha * self._reference_rows(teacher, context, result) / len(student.image)
+            alpha = alpha * self._weight_of_reference(teacher, context, distilled, result)
         terms["modx_distillation"] = alpha * divergence
         if alpha is not self.alpha:
             context.report("modx_alpha", torch.as_tensor(alpha, dtype=divergence.dtype, device=divergence.device))
@@ -157,14 +156,19 @@ class ModX(LossCallback):
         return terms
 
     @torch.no_grad()
-    def _reference_rows(
-        self, teacher: PairEmbeddings, context: LossContext, found: ModXLoss | AffinityDistillation
+    def _weight_of_reference(
+        self,
+        teacher: PairEmbeddings,
+        context: LossContext,
+        distilled: Tensor | None,
+        found: ModXLoss | AffinityDistillation,
     ) -> Tensor:
-        """Scalar: how many rows of a batch of `reference_batch_size` weigh what the rows of this batch do."""
+        """Scalar: how many rows a batch of `reference_batch_size` would keep for each that this batch does."""
         size, pairs = self.reference_batch_size, len(teacher.image)
-        reference = teacher.image.new_tensor(size)
         if not self.screen or size >= pairs:
-            return reference
+            return teacher.image.new_tensor(size / pairs)
+        if distilled is None:
+            distilled = torch.ones_like(context.is_replay)
         batches = reference_batches(context, size)
         pair_ids = repeated(context.pair_ids)
         kept = 0
@@ -177,9 +181,9 @@ class ModX(LossCallback):
                     positives=context.positives,
                     chunk_size=self.chunk_size,
                 )
-                kept = kept + first.sum() / (len(batches) * size)
-        kept_here = found.image_rows_kept + found.text_rows_kept
-        return reference * (kept / kept_here).where(kept_here > 0, 0)
+                kept = kept + (first & distilled[rows]).sum() / len(batches)
+        kept_here = distilled.sum() * (found.image_rows_kept + found.text_rows_kept)
+        return (kept / kept_here).where(kept_here > 0, 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_counting()
