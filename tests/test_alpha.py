@@ -75,20 +75,23 @@ def test_replayed_rows_have_their_share_of_a_reference_that_does_not_divide_the_
     assert metrics["modx_alpha"].item() == pytest.approx((3.0 * kept / 2 / kept_here).item())
 
 
-def test_of_replayed_rows_alone_those_kept_in_batches_of_the_reference_count():
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_rows_kept_in_batches_of_the_reference_count_with_their_weights(alpha):
     student, teacher = embeddings(48, 0.8, seed=1), embeddings(48, 0.8)
-    callback = ModX(3.0, reference_batch_size=12, replayed_only=True)
+    callback = ModX(alpha, reference_batch_size=12, replay_alpha=3.0)
     _, metrics = term(callback, student, teacher, replayed=16)
     cosines, replayed = teacher.image @ teacher.text.T, torch.arange(48) >= 32
 
     def kept_among(rows):
         block = cosines[rows][:, rows]
         first = torch.stack([block.argmax(dim=side) == torch.arange(len(rows)) for side in (0, 1)])
-        return (first & replayed[rows]).sum()
+        return (first * torch.where(replayed[rows], 3.0, alpha)).sum()
 
     kept = sum(map(kept_among, reference_batches(context(48, replayed=16), 12))) / 4
-    assert metrics["modx_alpha"].item() == pytest.approx((3.0 * kept / kept_among(torch.arange(48))).item())
-    assert 0 < metrics["modx_alpha"] < 3.0
+    weight = (kept / kept_among(torch.arange(48))).item()
+    assert metrics["modx_alpha"].item() == pytest.approx(alpha * weight)
+    assert metrics["modx_replay_alpha"].item() == pytest.approx(3.0 * weight)
+    assert 0 < weight < 1
 
 
 @pytest.mark.parametrize("positives", [True, False])

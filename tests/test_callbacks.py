@@ -129,25 +129,38 @@ def flipped(pairs):
     return PairEmbeddings(pairs.text, pairs.image, pairs.logit_scale)
 
 
-def test_replayed_only_distils_the_replayed_rows_against_all_candidates():
+@pytest.mark.parametrize("alpha", [0, 0.5])
+def test_replayed_rows_have_an_alpha_of_their_own(alpha):
     student, _ = random_pairs(7, 5, seed=1, log_scale=2.0)
     teacher, _ = random_pairs(7, 3, seed=3, log_scale=2.0)
     replayed = torch.tensor([False, True, False, False, True, True, False])
     expected = 0.0
     for new, old in ((student, teacher), (flipped(student), flipped(teacher))):
-        log_new, log_old = ((4 * pairs.image @ pairs.text.T)[replayed].log_softmax(dim=1) for pairs in (new, old))
-        expected = expected + 3 * (log_old.exp() * (log_old - log_new)).sum() / 2
-    callback = ModX(alpha=3, distill_scale=4, screen=False, replayed_only=True)
+        log_new, log_old = ((4 * pairs.image @ pairs.text.T).log_softmax(dim=1) for pairs in (new, old))
+        divergences = (log_old.exp() * (log_old - log_new)).sum(dim=1)
+        expected = expected + (3 * divergences[replayed].sum() + alpha * divergences[~replayed].sum()) / 2
+    callback = ModX(alpha=alpha, distill_scale=4, screen=False, replay_alpha=3)
     terms = callback.loss_terms(student, teacher, replace(context_of(7), is_replay=replayed))
     torch.testing.assert_close(terms["modx_distillation"], expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(terms["contrastive"], info_nce(student.image, student.text, student.logit_scale))
 
 
-def test_replayed_only_without_replay_is_refused():
+def test_replay_alpha_in_a_phase_that_replays_nothing_leaves_alpha_alone():
+    student, _ = random_pairs(7, 5, seed=1, log_scale=2.0)
+    teacher, _ = random_pairs(7, 3, seed=3, log_scale=2.0)
+    with_its_own, plain = (
+        callback.loss_terms(student, teacher, context_of(7))["modx_distillation"]
+        for callback in (ModX(0.5, screen=False, replay_alpha=3), ModX(0.5, screen=False))
+    )
+    torch.testing.assert_close(with_its_own, plain, rtol=0, atol=1e-12)
+    assert plain > 0
+
+
+def test_replay_alpha_without_replay_is_refused():
     with pytest.raises(
         ValueError, match="ModX is set to concern replayed pairs, and nothing in the recipe replays any"
     ):
-        check_recipe([ModX(replayed_only=True)])
+        check_recipe([ModX(replay_alpha=1.0)])
 
 
 def test_kl_distils_rows_that_the_old_model_has_wrong():

@@ -286,7 +286,7 @@ def test_distilled_pairs_are_those_asked_for_and_all_are_candidates(chunk_size):
         distill_scale=3.0,
         reduction="mean",
         screen=False,
-        rows=rows,
+        row_weights=rows,
         extra_text_embeds=extra,
         teacher_extra_text_embeds=old_extra,
         chunk_size=chunk_size,
@@ -312,12 +312,12 @@ def test_distilled_pairs_are_those_asked_for_and_all_are_candidates(chunk_size):
 def test_no_pair_to_distil_costs_nothing():
     sides = [unit(4, seed) for seed in range(4)]
     nothing = torch.zeros(4, dtype=torch.bool)
-    assert affinity_distillation(*sides, rows=nothing, reduction="mean").loss == 0
+    assert affinity_distillation(*sides, row_weights=nothing, reduction="mean").loss == 0
 
 
 def test_rows_of_another_number_are_refused():
-    with pytest.raises(ValueError, match="rows must be 4 booleans"):
-        affinity_distillation(*[unit(4, seed) for seed in range(4)], rows=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="row_weights must be 4 floats or booleans"):
+        affinity_distillation(*[unit(4, seed) for seed in range(4)], row_weights=torch.ones(5, dtype=torch.bool))
 
 
 # ---- Training ----

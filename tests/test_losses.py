@@ -362,7 +362,7 @@ def test_rectifying_is_screening_and_a_part_of_its_own_that_rows_share():
     batch, rows = Batch(), torch.arange(N) % 3 == 0
     whole, screened = batch.distillation(screen="rectify"), batch.distillation()
     assert whole.loss > screened.loss and whole.image_rows_kept == screened.image_rows_kept
-    parts = [batch.distillation(rows=which, screen="rectify").loss for which in (rows, ~rows)]
+    parts = [batch.distillation(row_weights=which, screen="rectify").loss for which in (rows, ~rows)]
     torch.testing.assert_close(sum(parts), whole.loss, **EXACT)
 
 
@@ -552,17 +552,30 @@ def test_ids_that_are_not_one_integer_a_pair_are_refused(ids):
         affinity_distillation(*PAIR, *PAIR, pair_ids=ids)
 
 
-@pytest.mark.parametrize("rows", [torch.ones(3, dtype=torch.bool), torch.arange(4)])
-def test_rows_that_are_not_one_boolean_a_pair_are_refused(rows):
-    with pytest.raises(ValueError, match="rows must be 4 booleans"):
-        affinity_distillation(*PAIR, *PAIR, rows=rows)
-    with pytest.raises(ValueError, match="rows must be 4 booleans"):
-        modx_loss(*PAIR, *PAIR, 1.0, rows=rows)
+@pytest.mark.parametrize("weights", [torch.ones(3, dtype=torch.bool), torch.arange(4)])
+def test_row_weights_that_are_not_one_float_a_pair_are_refused(weights):
+    with pytest.raises(ValueError, match="row_weights must be 4 floats or booleans"):
+        affinity_distillation(*PAIR, *PAIR, row_weights=weights)
+    with pytest.raises(ValueError, match="row_weights must be 4 floats or booleans"):
+        modx_loss(*PAIR, *PAIR, 1.0, row_weights=weights)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 2])
+@pytest.mark.parametrize("screen", [True, False, "rectify"])
+def test_weighted_rows_are_their_parts_of_the_whole_so_often(screen, chunk_size):
+    batch, some = Batch(), torch.arange(N) % 3
+    found = batch.distillation(row_weights=torch.tensor([0.5, 3.0, 0.0])[some], screen=screen, chunk_size=chunk_size)
+    half, thrice = (batch.distillation(row_weights=some == which, screen=screen) for which in (0, 1))
+    expected = 0.5 * half.loss + 3 * thrice.loss
+    torch.testing.assert_close(found.loss, expected, **EXACT)
+    assert_same_gradients(batch, found.loss, expected)
+    counted = half.image_rows_kept * (some == 0).sum() + thrice.image_rows_kept * (some == 1).sum()
+    assert found.image_rows_kept.item() == pytest.approx((counted / (some < 2).sum()).item())
 
 
 def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
     batch, rows = Batch(), torch.arange(N) % 3 == 0
-    parts = [batch.distillation(rows=which, screen=False).loss for which in (rows, ~rows)]
+    parts = [batch.distillation(row_weights=which, screen=False).loss for which in (rows, ~rows)]
     torch.testing.assert_close(sum(parts), batch.distillation(screen=False).loss, **EXACT)
     assert all(part > 0 for part in parts)
 
@@ -570,7 +583,7 @@ def test_distillation_of_some_rows_is_the_part_of_the_whole_that_they_have():
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("screen", [True, False, "rectify"])
 def test_modx_distils_the_rows_that_the_distillation_alone_does(screen, reduction):
-    batch, options = Batch(), {"rows": torch.arange(N) % 3 == 0, "screen": screen, "reduction": reduction}
+    batch, options = Batch(), {"row_weights": torch.arange(N) % 3 == 0, "screen": screen, "reduction": reduction}
     whole, part = batch.modx(**options), batch.distillation(**options)
     torch.testing.assert_close(whole.contrastive, batch.modx().contrastive, **EXACT)
     torch.testing.assert_close(whole.distillation, part.loss, **EXACT)
@@ -711,7 +724,7 @@ class Exchange:
     [
         {"pair_ids": IDS},
         {"pair_ids": BOTH_IDS, "positives": True},
-        {"screen": "rectify", "rows": torch.arange(N) % 3 > 0},
+        {"screen": "rectify", "row_weights": torch.arange(N) % 3 * 1.5},
         {"screen": "rectify", "pair_ids": BOTH_IDS, "positives": True},
     ],
     ids=["one", "two", "rectifying some", "rectifying two"],

@@ -54,14 +54,14 @@ def test_every_option_that_a_recipe_shows_is_one_that_it_takes(recipe):
 @pytest.mark.parametrize(
     "options, expected",
     [
-        ({}, (2.0, 1.0, False)),
-        ({"replayed_only": True}, (0.1, 10.0, True)),
-        ({"replayed_only": True, "alpha": 0.3}, (0.3, 10.0, True)),
+        ({}, (0.02, 0.1)),
+        ({"alpha": 0}, (0, 0.1)),
+        ({"replay_alpha": 0.3}, (0.02, 0.3)),
     ],
 )
-def test_modx_plus_has_an_alpha_for_the_rows_that_it_distils(options, expected):
+def test_modx_plus_holds_replayed_rows_harder(options, expected):
     modx = find(build_recipe("modx_plus", **options), ModX)
-    assert (modx.alpha, modx.distill_scale, modx.replayed_only) == expected
+    assert (modx.alpha, modx.replay_alpha) == expected
 
 
 def test_unknown_recipe_names_those_there_are():

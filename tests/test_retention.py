@@ -393,6 +393,8 @@ def test_auto_needs_a_budget(run):
         ({"alpha": 2.0, "alpha_start": 1.0}, "alpha_start"),
         ({"reference_batch_size": 0}, "at least 1"),
         ({"reference_batch_size": 8, "reduction": "mean"}, "leave one out"),
+        ({"alpha": "auto", "replay_alpha": 0.1}, "one weight of all rows"),
+        ({"replay_alpha": -0.1}, "replay_alpha must not be negative"),
     ],
 )
 def test_options_of_alpha_that_do_not_go_are_refused(options, said):
@@ -529,11 +531,11 @@ def test_card_states_the_promise_and_the_drift_of_the_scale(run):
 @pytest.mark.parametrize(("kept", "said"), [(0.01, "fewer than 5 %"), (0.5, None), (0.99, "more than 95 %")])
 def test_card_tells_of_phases_with_few_or_nearly_all_rows_kept(kept, said):
     training = [{"image_rows_kept": {"mean": kept}, "text_rows_kept": {"mean": kept}}]
-    notes = kept_rows_notes({"recipe_args": {"ModX": {"screen": True}}}, {"training": training}, 1)
+    notes = kept_rows_notes({"recipe_args": {"ModX": {"screen": True, "alpha": 2}}}, {"training": training}, 1)
     assert [note for note in notes if said in note] == notes if said else notes == []
     assert len(notes) == (said is not None)
     assert kept_rows_notes({"recipe_args": {"ModX": {"screen": False}}}, {"training": training}, 1) == []
-    of_memory = {"recipe_args": {"ModX": {"screen": True, "replayed_only": True}}}
+    of_memory = {"recipe_args": {"ModX": {"screen": True, "alpha": 0}}}
     assert kept_rows_notes(of_memory, {"training": training}, 1) == []
-    rectifying = kept_rows_notes({"recipe_args": {"ModX": {"screen": "rectify"}}}, {"training": training}, 1)
-    assert rectifying == [note for note in notes if "more than" in note]
+    rectifying = {"recipe_args": {"ModX": {"screen": "rectify", "alpha": 2}}}
+    assert kept_rows_notes(rectifying, {"training": training}, 1) == [note for note in notes if "more than" in note]

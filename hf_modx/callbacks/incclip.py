@@ -183,7 +183,7 @@ class IncCLIP(LossCallback):
             teacher.text,
             reduction="mean",
             screen=False,
-            rows=context.is_replay,
+            row_weights=context.is_replay,
             extra_text_embeds=new_texts,
             teacher_extra_text_embeds=old_texts,
             **shared,

@@ -50,13 +50,14 @@ class ModX(LossCallback):
         chunk_size: rows of the similarity matrices held at once; None chooses.
         reference_batch_size: the global batch size that alpha is meant for; None: whatever the batch is.
         alpha_start: what "auto" begins with, > 0. Default: 20.
-        replayed_only: distil only the pairs that come from a memory; the new ones stay candidates. The fractions below
-            are then of replayed rows, "mean" is over them, and there is no warning. A part of the recipe must replay.
+        replay_alpha: the weight of the rows of pairs that come from a memory, >= 0; `alpha` is then that of the new
+            ones alone. Default: `alpha`. A part of the recipe must replay. With an `alpha` of 0 the new pairs are
+            candidates only: the fractions below are of replayed rows, "mean" is over them, and there is no warning.
 
     Logs `contrastive`, `modx_distillation` (weighted), the fractions `image_rows_kept` and `text_rows_kept` of rows
     that the old model has right, `image_rows_rectified` and `text_rows_rectified` with "rectify" and, where it is not
-    always `alpha`, the weight `modx_alpha`. Warns once a phase when fewer than 5 % of the rows are kept and no others
-    rectified, or with screening more than 95 %.
+    always `alpha`, the weight `modx_alpha`, with `replay_alpha` also `modx_replay_alpha`. Warns once a phase when
+    fewer than 5 % of the rows are kept and no others rectified, or with screening more than 95 %.
     """
 
     needs_teacher = True
@@ -71,12 +72,16 @@ class ModX(LossCallback):
         chunk_size: int | None = None,
         reference_batch_size: int | None = None,
         alpha_start: float | None = None,
-        replayed_only: bool = False,
+        replay_alpha: float | None = None,
     ):
         if isinstance(alpha, str) and alpha != AUTO:
             raise ValueError(f'alpha must be a number or "auto", got {alpha!r}.')
         if alpha != AUTO and alpha < 0:
             raise ValueError(f"alpha must not be negative, got {alpha}.")
+        if replay_alpha is not None and replay_alpha < 0:
+            raise ValueError(f"replay_alpha must not be negative, got {replay_alpha}.")
+        if replay_alpha is not None and alpha == AUTO:
+            raise ValueError('alpha="auto" steers one weight of all rows: leave out replay_alpha or "auto".')
         if alpha_start is not None and (alpha != AUTO or not alpha_start > 0):
             raise ValueError(f'alpha_start is what alpha="auto" begins with, above 0; got {alpha_start}.')
         if reduction not in ("sum", "mean"):
@@ -101,14 +106,14 @@ class ModX(LossCallback):
         self.distill_scale = distill_scale
         self.reduction = reduction
         self.screen = screen
-        self.replayed_only = replayed_only
+        self.replay_alpha = replay_alpha
         self.chunk_size = chunk_size
         self._budget: RetentionBudget | None = None
         self._start_counting()
 
     @property
     def needs_replay(self) -> bool:
-        return self.replayed_only
+        return self.replay_alpha is not None
 
     @property
     def current_alpha(self) -> float:
@@ -125,72 +130,83 @@ class ModX(LossCallback):
     ) -> dict[str, Tensor]:
         embeds = (student.image, student.text, teacher.image, teacher.text)
         relations = {**context.relations, "chunk_size": self.chunk_size}
-        alpha = self.current_alpha
-        distilled = context.is_replay if self.replayed_only else None
+        row_weights = self._row_weights(context)
         distillation = {
             "distill_scale": self.distill_scale,
             "reduction": self.reduction,
             "screen": self.screen,
-            "rows": distilled,
+            "row_weights": row_weights,
         }
         if self.owns_contrastive and student.logit_bias is None:
-            result = modx_loss(*embeds, student.logit_scale, alpha=alpha, **distillation, **relations)
+            result = modx_loss(*embeds, student.logit_scale, **distillation, **relations)
             terms, divergence = {"contrastive": result.contrastive}, result.distillation
         else:
             result = affinity_distillation(*embeds, **distillation, **relations)
             terms, divergence = {}, result.loss
             if self.owns_contrastive:
                 terms["contrastive"] = contrastive_loss(student, **relations)
+        weight = 1.0
         if self.reference_batch_size is not None:
-            alpha = alpha * self._weight_of_reference(teacher, context, distilled, result)
-        terms["modx_distillation"] = alpha * divergence
-        if alpha is not self.alpha:
-            context.report("modx_alpha", torch.as_tensor(alpha, dtype=divergence.dtype, device=divergence.device))
-        context.report("image_rows_kept", result.image_rows_kept)
-        context.report("text_rows_kept", result.text_rows_kept)
-        if self.screen == RECTIFY:
-            context.report("image_rows_rectified", result.image_rows_rectified)
-            context.report("text_rows_rectified", result.text_rows_rectified)
-        self._kept = self._kept + (result.image_rows_kept + result.text_rows_kept).detach() / 2
-        self._batches += 1
+            weight = self._weight_of_reference(teacher, context, row_weights)
+        if self.reference_batch_size is not None or self.alpha == AUTO:
+            self._report_weights(context, weight)
+        alpha = self.current_alpha if row_weights is None else 1.0
+        terms["modx_distillation"] = alpha * weight * divergence
+        self._report_rows(context, result)
         return terms
+
+    def _row_weights(self, context: LossContext) -> Tensor | None:
+        """(N,): what the rows of each pair weigh, where not all weigh what alpha says."""
+        if self.replay_alpha is None:
+            return None
+        return torch.where(context.is_replay, float(self.replay_alpha), float(self.alpha))
+
+    def _report_weights(self, context: LossContext, weight: Tensor | float) -> None:
+        device = context.is_replay.device
+        context.report("modx_alpha", torch.as_tensor(self.current_alpha * weight, device=device))
+        if self.replay_alpha is not None:
+            context.report("modx_replay_alpha", torch.as_tensor(self.replay_alpha * weight, device=device))
+
+    def _report_rows(self, context: LossContext, found: ModXLoss | AffinityDistillation) -> None:
+        context.report("image_rows_kept", found.image_rows_kept)
+        context.report("text_rows_kept", found.text_rows_kept)
+        if self.screen == RECTIFY:
+            context.report("image_rows_rectified", found.image_rows_rectified)
+            context.report("text_rows_rectified", found.text_rows_rectified)
+        self._kept = self._kept + (found.image_rows_kept + found.text_rows_kept).detach() / 2
+        self._batches += 1
 
     @torch.no_grad()
     def _weight_of_reference(
-        self,
-        teacher: PairEmbeddings,
-        context: LossContext,
-        distilled: Tensor | None,
-        found: ModXLoss | AffinityDistillation,
+        self, teacher: PairEmbeddings, context: LossContext, row_weights: Tensor | None
     ) -> Tensor:
-        """Scalar: how many rows a batch of `reference_batch_size` would keep for each that this batch does."""
+        """Scalar: the rows that a batch of `reference_batch_size` would keep, over those that this batch does."""
         size, pairs = self.reference_batch_size, len(teacher.image)
         if not self.screen or size >= pairs:
             return teacher.image.new_tensor(size / pairs)
-        if distilled is None:
-            distilled = torch.ones_like(context.is_replay)
-        batches = reference_batches(context, size)
         pair_ids = repeated(context.pair_ids)
-        kept = 0
+
+        def kept(rows: Tensor) -> Tensor:
+            first = rows_ranked_first(
+                upcast(teacher.image[rows]),
+                upcast(teacher.text[rows]),
+                pair_ids=None if pair_ids is None else pair_ids[rows],
+                positives=context.positives,
+                chunk_size=self.chunk_size,
+            )
+            return (first * (1.0 if row_weights is None else row_weights[rows])).sum()
+
         with full_precision(teacher.image):
-            for rows in batches:
-                first = rows_ranked_first(
-                    upcast(teacher.image[rows]),
-                    upcast(teacher.text[rows]),
-                    pair_ids=None if pair_ids is None else pair_ids[rows],
-                    positives=context.positives,
-                    chunk_size=self.chunk_size,
-                )
-                kept = kept + (first & distilled[rows]).sum() / len(batches)
-        kept_here = distilled.sum() * (found.image_rows_kept + found.text_rows_kept)
-        return (kept / kept_here).where(kept_here > 0, 0)
+            batches = reference_batches(context, size)
+            here = kept(torch.arange(pairs, device=context.row_ids.device))
+            return (sum(map(kept, batches)) / len(batches) / here).where(here > 0, 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._start_counting()
 
     def on_log(self, args, state, control, **kwargs):
         """Warn while there is still time to act; the logged step has synchronised with the device already."""
-        if self._warned or self._batches == 0 or self.replayed_only:
+        if self._warned or self._batches == 0 or self.alpha == 0:
             return
         kept = float(self._kept) / self._batches
         if kept < FEW_ROWS and self.screen != RECTIFY:

@@ -75,7 +75,7 @@ def affinity_losses(
     *,
     distill_scale: float = 1.0,
     screen: bool | str = True,
-    rows: Tensor | None = None,
+    row_weights: Tensor | None = None,
     pair_ids: Tensor | None = None,
     positives: bool = False,
     chunk_size: int | None = None,
@@ -92,8 +92,8 @@ def affinity_losses(
         distill_scale: factor on the cosines in the distillation, > 0.
         screen: keep only rows that the old model gets right. "rectify": of the others, rectify those that the new
             model gets wrong too (see `affinity_distillation`).
-        rows: (N,) bool, the pairs whose rows the distillation may keep or rectify; None: all. The others stay
-            candidates.
+        row_weights: (N,), what the divergences of a pair's two rows count, >= 0; None: all one. Pairs of weight zero
+            are neither kept nor rectified, and stay candidates.
         pair_ids: (N,) or (N, K) integers. Two rows that agree in any of the K ids belong together.
         positives: rows that belong together are positives of each other; False: they are no candidates of each other.
         chunk_size: rows of a block. None chooses.
@@ -101,8 +101,10 @@ def affinity_losses(
     """
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=images.dtype, device=images.device).reshape(())
+    if row_weights is not None:
+        row_weights = row_weights.to(images.dtype)
     settings = _Settings(
-        distill_scale, screen, rows, repeated(pair_ids), positives, block_rows(texts, chunk_size), shard
+        distill_scale, screen, row_weights, repeated(pair_ids), positives, block_rows(texts, chunk_size), shard
     )
     return AffinityLosses(*_AffinityLosses.apply(images, texts, scale, old_images, old_texts, settings))
 
@@ -134,7 +136,7 @@ def rows_ranked_first(
 class _Settings:
     distill_scale: float
     screen: bool | str
-    distilled: Tensor | None
+    row_weights: Tensor | None
     pair_ids: Tensor | None
     positives: bool
     block_rows: int
@@ -179,13 +181,15 @@ class _AffinityLosses(torch.autograd.Function):
             sums[0] = sharp.cross_entropy(rows)
         if distills:
             kept, rectified = _kept_and_rectified(old, soft, usable, settings)
+            sums[2:4], sums[4:] = kept[:, rows].sum(dim=1), rectified[:, rows].sum(dim=1)
+            if settings.row_weights is not None:
+                kept, rectified = kept * settings.row_weights, rectified * settings.row_weights
             sums[1] = _divergence(old, soft, kept, rows)
             if settings.rectifies:
                 sums[1] += soft.divergence_from_targets(rectified, rows)
-            sums[2:4], sums[4:] = kept[:, rows].sum(dim=1), rectified[:, rows].sum(dim=1)
-            soft.keep_probabilities(kept | rectified)
-            soft.keep_targets(rectified)
-            old.keep_probabilities(kept)
+            soft.weigh_probabilities(kept + rectified)
+            soft.weigh_targets(rectified)
+            old.weigh_probabilities(kept)
         if settings.shard is not None:
             sums = settings.shard.gather(sums).sum(dim=0)
         ctx.save_for_backward(images, texts, old_images, old_texts)
@@ -400,20 +404,20 @@ class _Softmax(_Screen):
         return self._cross_entropies().sum(dim=0)[rows].sum()
 
     def divergence_from_targets(self, rectified: Tensor, rows: slice) -> Tensor:
-        """Sum of KL(target || new) over the rectified rows and columns of these pairs, (2, N) bool."""
+        """Sum of KL(target || new) over the rows and columns of these pairs, (2, N) of which each is rectified."""
         divergences = self._cross_entropies() - self.positives.double().log()
         return (divergences * rectified)[:, rows].sum()
 
     def _cross_entropies(self) -> Tensor:
         return self.log_sums - self.factor * self.targets
 
-    def keep_probabilities(self, kept: Tensor) -> None:
-        """Let those of all other rows and columns be zero; (2, N) bool."""
-        self.weights = self.weights.where(kept, 0)
+    def weigh_probabilities(self, by: Tensor) -> None:
+        """Let those of every row and column count so much, (2, N); zero: not at all, whatever they are."""
+        self.weights = (self.weights * by).where(by > 0, 0)
 
-    def keep_targets(self, kept: Tensor) -> None:
-        """Let those of all other rows and columns be zero; (2, N) bool."""
-        self.shares = self.shares.where(kept, 0)
+    def weigh_targets(self, by: Tensor) -> None:
+        """Let those of every row and column count so much, (2, N)."""
+        self.shares = self.shares * by
 
     def add_probabilities(self, total: Tensor, weight: Tensor, place: slice, block: Tensor, spare: Tensor) -> None:
         """Add the weighted softmax over rows and the weighted softmax over columns, as far as they are kept."""
@@ -432,8 +436,8 @@ class _Softmax(_Screen):
 def _kept_and_rectified(old: _Softmax, new: _Softmax, usable: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
     """(2, N) bool each: of the usable rows and columns those that follow the old model, and those that follow the
     pairs, as both models get them wrong."""
-    if settings.distilled is not None:
-        usable = usable & settings.distilled
+    if settings.row_weights is not None:
+        usable = usable & (settings.row_weights > 0)
     right = old.own_is_highest()
     kept = usable & right if settings.screen else usable
     rectified = usable & ~right & ~new.own_is_highest() if settings.rectifies else torch.zeros_like(usable)
@@ -441,8 +445,8 @@ def _kept_and_rectified(old: _Softmax, new: _Softmax, usable: Tensor, settings: 
 
 
 def _divergence(old: _Softmax, new: _Softmax, kept: Tensor, rows: slice) -> Tensor:
-    """Sum of KL(old || new) over the kept rows and columns of these pairs. The product lets a new model that is not
-    finite through."""
+    """Sum of KL(old || new) over the rows and columns of these pairs, (2, N) as far as each is kept. The product lets
+    a new model that is not finite through."""
     divergences = old.factor * old.differences - old.log_sums + new.log_sums
     return (divergences * kept)[:, rows].sum()
 

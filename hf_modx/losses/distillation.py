@@ -37,7 +37,7 @@ def affinity_distillation(
     distill_scale: float = 1.0,
     reduction: str = "sum",
     screen: bool | str = True,
-    rows: Tensor | None = None,
+    row_weights: Tensor | None = None,
     pair_ids: Tensor | None = None,
     positives: bool = False,
     extra_text_embeds: Tensor | None = None,
@@ -70,8 +70,9 @@ def affinity_distillation(
         distill_scale: the factor c on the cosines inside the softmax, > 0.
         reduction: "sum" over rows, or "mean", which divides by N (not by the number of kept rows).
         screen: False keeps every row; "rectify" rectifies rows that both models get wrong.
-        rows: (N,) bool: only these pairs are distilled, in both directions; the others stay candidates. N is then
-            their number. None: all.
+        row_weights: (N,) of floats >= 0 or booleans: what the rows of each pair count, in both directions. Pairs of
+            weight zero are not distilled and stay candidates; N, in "mean" and in the fractions, is then the number of
+            the others. None: every row counts 1.
         pair_ids: (N,) or (N, K) integers; other rows that agree in an id are no wrong answers.
         positives: they are right answers: a row takes part if the old model's most similar candidate is its partner or
             any of theirs, all stay in both softmaxes, and the target of a rectified row is shared out equally among
@@ -86,7 +87,7 @@ def affinity_distillation(
             positive.
     """
     check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
-    check_rows(screen, rows, len(image_embeds))
+    check_rows(screen, row_weights, len(image_embeds))
     check_pairs(image_embeds, text_embeds, pair_ids)
     texts = with_extra(text_embeds, extra_text_embeds)
     teacher_texts = with_extra(teacher_text_embeds, teacher_extra_text_embeds)
@@ -101,13 +102,13 @@ def affinity_distillation(
             upcast(teacher_texts.detach()),
             distill_scale=distill_scale,
             screen=screen,
-            rows=rows,
+            row_weights=row_weights,
             pair_ids=pair_ids,
             positives=positives,
             chunk_size=chunk_size,
             shard=shard,
         )
-    number = len(image_embeds) if rows is None else rows.sum().clamp(min=1)
+    number = rows_that_count(image_embeds, row_weights)
     loss = losses.distillation / number if reduction == "mean" else losses.distillation
     return AffinityDistillation(loss, *(rows_of_a_kind / number for rows_of_a_kind in losses[2:]))
 
@@ -118,11 +119,20 @@ def check_screening(screen: bool | str) -> None:
         raise ValueError(f'screen must be true, false or "{RECTIFY}", got {screen!r}.')
 
 
-def check_rows(screen: bool | str, rows: Tensor | None, number: int) -> None:
-    """Raise a ValueError unless both say which of so many rows are distilled."""
+def check_rows(screen: bool | str, weights: Tensor | None, number: int) -> None:
+    """Raise a ValueError unless both say how much of so many rows is distilled."""
     check_screening(screen)
-    if rows is not None and (rows.shape != (number,) or rows.dtype != torch.bool):
-        raise ValueError(f"rows must be {number} booleans, got {rows.dtype} of shape {tuple(rows.shape)}.")
+    if weights is None:
+        return
+    if weights.shape != (number,) or not (weights.is_floating_point() or weights.dtype == torch.bool):
+        raise ValueError(
+            f"row_weights must be {number} floats or booleans, got {weights.dtype} of shape {tuple(weights.shape)}."
+        )
+
+
+def rows_that_count(embeds: Tensor, weights: Tensor | None) -> Tensor | int:
+    """How many pairs are distilled, at least 1."""
+    return len(embeds) if weights is None else (weights > 0).sum().clamp(min=1)
 
 
 def check_distillation(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .affinity import Shard, affinity_losses
 from .contrastive import check_pairs, full_precision, upcast
-from .distillation import check_distillation, check_rows
+from .distillation import check_distillation, check_rows, rows_that_count
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def modx_loss(
     distill_scale: float = 1.0,
     reduction: str = "sum",
     screen: bool | str = True,
-    rows: Tensor | None = None,
+    row_weights: Tensor | None = None,
     pair_ids: Tensor | None = None,
     positives: bool = False,
     chunk_size: int | None = None,
@@ -61,7 +61,8 @@ def modx_loss(
             paper's batch) equals 5,600 with "mean".
         distill_scale: factor on the cosines inside the distillation softmax, > 0.
         reduction: "sum" or "mean" over the N rows; concerns the distillation only.
-        screen, rows: which rows the distillation keeps and which it rectifies, see `affinity_distillation`.
+        screen, row_weights: which rows the distillation keeps and which it rectifies, and what each counts, see
+            `affinity_distillation`.
         pair_ids: (N,) or (N, K) integers; different rows that agree in an id are no negatives of each other, in both
             terms.
         positives: they are positives of each other, see `info_nce` and `affinity_distillation`. False: their columns
@@ -77,7 +78,7 @@ def modx_loss(
     if alpha < 0:
         raise ValueError(f"alpha must not be negative, got {alpha}.")
     check_distillation(image_embeds, text_embeds, teacher_image_embeds, teacher_text_embeds, distill_scale, reduction)
-    check_rows(screen, rows, len(image_embeds))
+    check_rows(screen, row_weights, len(image_embeds))
     check_pairs(image_embeds, text_embeds, pair_ids)
     with full_precision(image_embeds):
         losses = affinity_losses(
@@ -88,13 +89,13 @@ def modx_loss(
             upcast(teacher_text_embeds.detach()),
             distill_scale=distill_scale,
             screen=screen,
-            rows=rows,
+            row_weights=row_weights,
             pair_ids=pair_ids,
             positives=positives,
             chunk_size=chunk_size,
             shard=shard,
         )
-    number = len(image_embeds) if rows is None else rows.sum().clamp(min=1)
+    number = rows_that_count(image_embeds, row_weights)
     distillation = losses.distillation / number if reduction == "mean" else losses.distillation
     return ModXLoss(
         loss=losses.contrastive + alpha * distillation,

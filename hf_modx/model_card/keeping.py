@@ -59,7 +59,7 @@ def kept_rows_notes(identity: Mapping[str, Any], results: Mapping[str, Any], num
     """Sentences on the phases in which Mod-X had nearly nothing to keep, or kept nearly everything, of new pairs."""
     options = identity["recipe_args"].get("ModX", {})
     screen = options.get("screen", False)
-    if number == 0 or not screen or options.get("replayed_only", False):
+    if number == 0 or not screen or options["alpha"] == 0:
         return []
     few, many = [], []
     for k, record in enumerate(results["training"][:number], start=1):
