@@ -207,7 +207,8 @@ def test_advice_follows_from_the_rows_that_hold(found, recipe, words):
     advice = advise(found)
     assert advice.recipe == recipe
     assert re.search(words, advice.sentence)
-    assert "alpha 2 for a reference_batch_size of 128" in advice.sentence or advice.alpha is None
+    start = "Start with alpha {} for a reference_batch_size of 128"
+    assert start.format("0.02" if recipe == "modx_plus" else "2") in advice.sentence or advice.alpha is None
 
 
 def test_a_run_has_the_recipe_of_its_hardest_phase():
@@ -223,11 +224,11 @@ def test_what_is_good_enough_can_be_said():
         advise(phases, target_recall=30)
 
 
-@pytest.mark.parametrize("kept", [0.6, 0.01])
-def test_the_advised_options_are_those_of_the_recipe(kept):
+@pytest.mark.parametrize(("kept", "alpha"), [(0.6, 2), (0.01, 0.02)])
+def test_the_advised_options_are_those_of_the_recipe(kept, alpha):
     advice = advise(measured(kept, batch_size=512))
     modx = build_recipe(advice.recipe, alpha=advice.alpha, reference_batch_size=advice.reference_batch_size)[0]
-    assert (modx.alpha, modx.reference_batch_size) == (2, 128)
+    assert (modx.alpha, modx.reference_batch_size) == (alpha, 128)
 
 
 def test_notes_tell_of_duplicates_bad_samples_and_pairs_that_are_alike():

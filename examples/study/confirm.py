@@ -42,7 +42,7 @@ LIBRARY = Path("/usr/share/openclipart")
 STREAM = "clipart"
 DEFAULTS = {
     "--streams": STREAM,
-    "--recipes": "finetune,modx,er,modx_plus,plus-mem,incclip",
+    "--recipes": "finetune,modx,er,plus-a2,plus-mem,incclip,modx_plus",
     "--output_dir": "runs/study-confirm",
 }
 LEFT_OUT = ("buttons", "computer/icons", "decorations", "logos", "recreation/games/cards", "shapes", "special")

@@ -20,8 +20,9 @@ from .measures import REPLAY_SHARE, Assessment
 FEW, HALF, MOST = 0.05, 0.5, 0.95
 MEMORY_SHARE = 0.05
 """Of the old pairs, what modx_plus remembers; at least what a batch replays."""
-ALPHA, REFERENCE_BATCH_SIZE = 2.0, 128
-"""What the study on the built-in streams has chosen. (The paper has 20 for 280, which pulls ten times as hard.)"""
+ALPHAS, REFERENCE_BATCH_SIZE = {"modx": 2.0, "modx_plus": 0.02}, 128
+"""What the study on the built-in streams has chosen. (The paper has 20 for 280, which pulls ten times as hard.) Those
+of modx_plus, which multiplies the cosines by ten, pull about as hard on new pairs."""
 KL_ALPHA = 0.2
 """With which kl learned as much there as Mod-X, and kept more."""
 MANY_DUPLICATES = 0.01
@@ -83,7 +84,7 @@ def advise(
     held = _held(worst)
     ranking = sorted(held, key=held.get, reverse=True)
     recipe = _recipe(worst, phases, target_recall)
-    alpha, reference = (None, None) if recipe == "frozen" else (ALPHA, REFERENCE_BATCH_SIZE)
+    alpha, reference = (None, None) if recipe == "frozen" else (ALPHAS[recipe], REFERENCE_BATCH_SIZE)
     memory = None
     if recipe == "modx_plus" and worst.old_pairs:
         memory = min(worst.old_pairs, max(round(MEMORY_SHARE * worst.old_pairs), _replayed(worst)))
@@ -118,7 +119,7 @@ def _sentence(phase: Assessment, recipe: str, memory: int | None) -> str:
     if recipe == "frozen":
         recall = 100 * phase.zero_shot["image_to_text_recall@1"]
         return f"The frozen model is good enough: it has {kept} right, and a recall@1 of {recall:.1f} %."
-    start = f"Start with alpha {ALPHA:g} for a reference_batch_size of {REFERENCE_BATCH_SIZE}."
+    start = f"Start with alpha {ALPHAS[recipe]:g} for a reference_batch_size of {REFERENCE_BATCH_SIZE}."
     if recipe == "modx":
         return f"Mod-X will hold: the old model has {kept} right, and these are kept. {start}"
     few = phase.kept[phase.batch_size] < FEW
