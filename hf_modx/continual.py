@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoProcessor, TrainerCallback, TrainerState
 
 from .adapter import ADAPTER_CONFIG, has_adapter, load_merged, load_peft, merged, save_adapter
-from .callbacks import LossCallback, check_budget, check_recipe, replay_of
+from .callbacks import Classification, LossCallback, check_budget, check_recipe, replay_of
 from .data import PairCollator, PairDataset, check_processor
 from .data.image_cache import cache_resized_images
 from .data.loading import concatenate_shared
@@ -63,7 +63,12 @@ from .run.lock import alone_in
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
 from .run.retention import RetentionTests, retention_budget
-from .run.stream_checks import StreamChecks, refuse_other_types, warn_of_lost_pair_ids
+from .run.stream_checks import (
+    StreamChecks,
+    refuse_other_types,
+    refuse_phases_without_classes,
+    warn_of_lost_pair_ids,
+)
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
 from .teacher.cache import CachedTeacher
@@ -154,6 +159,8 @@ class ContinualRun:
         if self.memory is not None or not self._trains_on_phases_alone:
             refuse_other_types(self.tests.stream, self.args.pair_columns)
             warn_of_lost_pair_ids(self.tests.stream, self.args.pair_id_column)
+        if any(isinstance(callback, Classification) for callback in self.loss_callbacks):
+            refuse_phases_without_classes(self.tests.stream, args.pair_id_column)
         checks = StreamChecks(args)
         stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
         self.bad_samples = checks.bad_samples

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
-from hf_modx import ModXTrainer, ModXTrainingArguments, build_recipe
+from hf_modx import ContinualRun, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream, build_recipe
 from hf_modx.callbacks import Classification, Contrastive, ReferenceDistillation, class_pairs
 from hf_modx.callbacks.reference import Draw, reference_images, row_keys, stored_images
 from hf_modx.losses.reference import reference_distillation
@@ -551,6 +551,23 @@ def test_phase_without_classes_is_refused(model, make_args, processor, rows):
     data = data.remove_columns("pair_id") if rows == 32 else data
     with pytest.raises(ValueError, match="class_pairs" if rows == 32 else "at least two classes"):
         train(model, make_args(max_steps=1), processor, data, [Classification()])
+
+
+@pytest.mark.parametrize(
+    ("without", "message"),
+    [
+        (["pair_id"], r"'two' has no column 'pair_id' \(pair_id_column\), .* Classification learns.*class_pairs"),
+        ([], "'two' has one class alone in column 'pair_id', and Classification needs at least two"),
+    ],
+)
+def test_later_phase_without_classes_is_refused_before_the_first_is_trained(
+    model, make_args, processor, without, message
+):
+    data = class_pairs(labelled(), "label", TEMPLATES)
+    later = data.select(range(8)).remove_columns(without)
+    stream = PhaseStream((Phase("one", data.select(range(8, 32))), Phase("two", later)))
+    with pytest.raises(ValueError, match=message):
+        ContinualRun(stream, [Classification()], make_args(), model=model, processing_class=processor)
 
 
 def classes_on_processes(folder, batch_size):

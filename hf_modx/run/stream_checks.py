@@ -126,6 +126,25 @@ def warn_of_lost_pair_ids(stream: PhaseStream, column: str) -> None:
         )
 
 
+def refuse_phases_without_classes(stream: PhaseStream, column: str) -> None:
+    """Raise a ValueError unless the pair ids of each phase number at least two classes, as `Classification` needs,
+    which itself tells only when the phase begins."""
+    for phase in stream:
+        if column not in phase.train.column_names:
+            near = did_you_mean(column, phase.train.column_names)
+            raise ValueError(
+                f"Phase {phase.name!r} has no column {column!r} (pair_id_column), which numbers the classes that "
+                f"Classification learns.{near} Make its table of labels with hf_modx.callbacks.class_pairs, or learn "
+                "captions (of ZSCL: classes=False)."
+            )
+        check_pair_ids(phase.train, column)
+        if len(set(phase.train.with_format(None)[column])) < 2:
+            raise ValueError(
+                f"Phase {phase.name!r} has one class alone in column {column!r}, and Classification needs at least "
+                "two. Put it into another phase."
+            )
+
+
 def refuse_unknown_pair_ids(parts: Sequence[Dataset], column: str) -> None:
     """Raise a ValueError where no part has the column of pair ids, unless its name is the default one: then no data
     need to have it."""
