@@ -72,7 +72,7 @@ from .run.stream_checks import (
 from .run.tracking import track_as_one_run
 from .run.training_log import training_record
 from .teacher.cache import CachedTeacher
-from .trainer import ModXTrainer
+from .trainer import ModXTrainer, PartTrainer
 from .training.finite import require_finite_weights
 from .training_args import ModXTrainingArguments
 
@@ -482,7 +482,7 @@ class ContinualRun:
         if number > 0 and not self._trains_on_phases_alone:
             args.max_steps = self.steps(number)  # not those of an epoch of all data
         args.run_name = args.run_name or self.folder.resolve().name  # one run for the trackers
-        trainer = ModXTrainer(
+        trainer = PartTrainer(
             model=model,
             args=args,
             train_dataset=train_dataset,

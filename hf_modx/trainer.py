@@ -24,7 +24,7 @@ from .adapter import has_adapter
 from .callbacks import DataWait, LogitScaleClamp, LossCallback, LossContext, check_budget, check_recipe, replay_of
 from .callbacks.base import BatchGradient, PhaseBoundary
 from .callbacks.contrastive import contrastive_loss
-from .data import PairCollator, PairDataset
+from .data import PairCollator, PairDataset, refuse_unknown_pair_ids
 from .data.loading import concatenate_shared
 from .data.pair_groups import Arrangement, arrangement_for
 from .data.pairs import NumberedRows, NumberingCollator
@@ -102,6 +102,8 @@ class ModXTrainer(Trainer):
     # The loss is a mean over the batch: the Trainer divides by the number of accumulated batches. A `labels` column
     # must not change that.
     loss_is_scaled_for_ga = False
+
+    _may_lack_pair_ids = False
 
     def __init__(
         self,
@@ -810,9 +812,13 @@ class ModXTrainer(Trainer):
         """All that can be told of the data without decoding them, before hours are spent."""
         if self._uses_columns:
             sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-            for dataset in (self.train_dataset, *sets.values()):
-                if dataset is not None and not isinstance(dataset, LabelTest):
-                    self._pairs(dataset)
+            tables = [
+                table for table in (self.train_dataset, *sets.values()) if not isinstance(table, LabelTest | None)
+            ]
+            for table in tables:
+                self._pairs(table)
+            if tables and not self._may_lack_pair_ids:
+                refuse_unknown_pair_ids(tables, self.args.pair_id_column)
         if self.train_dataset is None:
             return
         self._arrangement()
@@ -820,3 +826,9 @@ class ModXTrainer(Trainer):
             # The smaller batch is all there is: dropping it would leave no step.
             self.args = copy.copy(self.args)
             self.args.dataloader_drop_last = False
+
+
+class PartTrainer(ModXTrainer):
+    """For one of several tables that were checked together, of which some may be without the pair ids of others."""
+
+    _may_lack_pair_ids = True

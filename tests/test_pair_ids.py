@@ -239,6 +239,24 @@ def test_what_belongs_together_must_be_known(model, make_args, processor, change
         ModXTrainer(model, make_args(**changes), train_dataset=data, processing_class=processor, **options)
 
 
+@pytest.mark.parametrize("tests", [None, tiny_pairs(8), {"a": tiny_pairs(8)}], ids=["none", "one", "named"])
+def test_trainer_refuses_a_column_of_ids_that_no_data_have(model, make_args, processor, tests):
+    with pytest.raises(
+        ValueError, match=r"no column 'pairid' \(pair_id_column\) in any part\. Did you mean 'pair_id'"
+    ):
+        ModXTrainer(
+            model, make_args(pair_id_column="pairid"), train_dataset=tiny_pairs(8), eval_dataset=tests,
+            processing_class=processor,
+        )  # fmt: skip
+
+
+def test_phase_may_lack_the_ids_that_others_have(model, make_args, processor):
+    new = tiny_pairs(8, start=8).remove_columns("pair_id")
+    stream = PhaseStream((Phase("one", tiny_pairs(8).rename_column("pair_id", "product")), Phase("two", new)))
+    args = make_args(pair_id_column="product", max_steps=1)
+    ContinualRun(stream, "finetune", args, model=model, processing_class=processor).run()
+
+
 def test_later_phase_without_ids_is_refused_before_the_first_is_trained(make_args):
     later = tiny_pairs(8, start=8).remove_columns("pair_id")
     stream = PhaseStream((Phase("one", tiny_pairs(8)), Phase("two", later)))

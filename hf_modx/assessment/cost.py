@@ -17,7 +17,7 @@ from ..callbacks import replay_of
 from ..data.bad_samples import drop_bad_samples, find_bad_samples
 from ..data.loading import at_most
 from ..recipes import Part, build_recipe, check_teachers
-from ..trainer import ModXTrainer
+from ..trainer import PartTrainer
 from ..training_args import ModXTrainingArguments
 
 TIMED = 5
@@ -76,7 +76,7 @@ def measure_cost(
     callbacks = build_recipe(recipe, **(recipe_args or {}))
     check_teachers(recipe, callbacks, args.teacher)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = ModXTrainer(
+        trainer = PartTrainer(
             model=copy.deepcopy(model).to(args.device),
             args=_short(args, timed_steps + 1, folder),
             train_dataset=_usable(train, (timed_steps + 1) * args.contrastive_batch_size, args),

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from datasets import concatenate_datasets
 
 from ..assessment import Advice, Assessment, Cost, advise, assess, measure_cost
-from ..data import PairCollator
+from ..data import PairCollator, refuse_unknown_pair_ids
 from ..data.loading import load_splits
 from ..demo import DEMO_DEFAULTS, DEMO_STREAMS, trained_base
 from ..evaluation import Encoder
@@ -33,7 +33,6 @@ from ..markdown import escaped, table
 from ..model_card.metadata import metric_name
 from ..phases import TRAIN, Phase, PhaseStream
 from ..pretrained import load_dual_encoder
-from ..run.stream_checks import refuse_unknown_pair_ids
 from ..training_args import ModXTrainingArguments
 
 DEMO = "demo"

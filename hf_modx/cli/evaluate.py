@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..data import PairCollator, PairDataset
+from ..data import PairCollator, PairDataset, refuse_unknown_pair_ids
 from ..data.loading import at_most, load_splits
 from ..demo import DEMO_STREAMS
 from ..evaluation import Encoder, LabelTest, RetrievalTest, encode_pairs, load_tests, retrieval_metrics
@@ -25,7 +25,6 @@ from ..markdown import escaped, table
 from ..model_card.metadata import metric_name
 from ..phases import TEST, PhaseStream
 from ..pretrained import load_dual_encoder
-from ..run.stream_checks import refuse_unknown_pair_ids
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

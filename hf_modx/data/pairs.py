@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..embeddings import caption_padding, image_inputs, longest_caption, text_inputs
 from ..nearest import did_you_mean
+from ..training_args import ModXTrainingArguments
 from .images import augment_affine_color, to_rgb
 from .loading import require_table
 
@@ -256,6 +257,17 @@ def check_pair_ids(dataset: Dataset, pair_id_column: str) -> None:
         "int(hashlib.blake2b(str(id).encode(), digest_size=7).hexdigest(), 16), and one of its own for a row without; "
         "rename the column, or name another with pair_id_column."
     )
+
+
+def refuse_unknown_pair_ids(parts: Sequence[Dataset], column: str) -> None:
+    """Raise a ValueError where no part has the column of pair ids, unless its name is the default one: then no data
+    need to have it."""
+    known = {name: None for part in parts for name in part.column_names}
+    if column not in known and column != ModXTrainingArguments.pair_id_column:
+        near = did_you_mean(column, known)
+        raise ValueError(
+            f"There is no column {column!r} (pair_id_column) in any part.{near} The columns are: {', '.join(known)}."
+        )
 
 
 def check_processor(processing_class: Any) -> None:

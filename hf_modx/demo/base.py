@@ -21,7 +21,7 @@ from ..data import as_captions
 from ..distributed import on_main_process
 from ..files import publish_folder
 from ..phases import Phase, PhaseStream, content_fingerprint
-from ..trainer import ModXTrainer
+from ..trainer import PartTrainer
 from ..training_args import ModXTrainingArguments
 from .data import demo_dataset, fold_concepts
 from .drawings import ARTISTS, RENDERINGS
@@ -162,7 +162,7 @@ def trained_base(stream: PhaseStream, args: ModXTrainingArguments, base_max_step
 def _train_base(model, processor, base: Phase, args: ModXTrainingArguments, max_steps: int, folder: Path) -> None:
     state = PartialState()
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = ModXTrainer(
+        trainer = PartTrainer(
             model=model,
             args=_base_args(args, max_steps, scratch),
             train_dataset=base.train,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from datasets import Dataset
 
-from ..data import check_columns, check_pair_ids
+from ..data import check_columns, check_pair_ids, refuse_unknown_pair_ids
 from ..data.bad_samples import BadSample, drop_bad_samples, find_bad_samples
 from ..data.overlap import image_digests, shared_rows
 from ..data.pair_groups import arrangement_for
@@ -143,17 +143,6 @@ def refuse_phases_without_classes(stream: PhaseStream, column: str) -> None:
                 f"Phase {phase.name!r} has one class alone in column {column!r}, and Classification needs at least "
                 "two. Put it into another phase."
             )
-
-
-def refuse_unknown_pair_ids(parts: Sequence[Dataset], column: str) -> None:
-    """Raise a ValueError where no part has the column of pair ids, unless its name is the default one: then no data
-    need to have it."""
-    known = {name: None for part in parts for name in part.column_names}
-    if column not in known and column != ModXTrainingArguments.pair_id_column:
-        near = did_you_mean(column, known)
-        raise ValueError(
-            f"There is no column {column!r} (pair_id_column) in any part.{near} The columns are: {', '.join(known)}."
-        )
 
 
 def _refuse_too_few_pairs(stream: PhaseStream, args: ModXTrainingArguments) -> None:
