@@ -391,7 +391,7 @@ def _stored(value):
 
 
 def column_values(dataset: Dataset, column: str) -> list:
-    """The values of a column; a ValueError where there is no such column, or nulls (or NaN) in it."""
+    """The values of a column; a ValueError where there is no such column, or nulls (NaN, a ClassLabel's -1) in it."""
     require_table(dataset)
     if column not in dataset.column_names:
         near = did_you_mean(column, dataset.column_names)
@@ -402,6 +402,12 @@ def column_values(dataset: Dataset, column: str) -> list:
     row = next((row for row, value in enumerate(values) if value is None or value != value), None)
     if row is not None:
         raise ValueError(f"Column {column!r} has nulls (first in row {row}): every row needs a phase.")
+    if isinstance(dataset.features[column], ClassLabel) and -1 in values:
+        raise ValueError(
+            f"Column {column!r} has no class (-1) in {values.count(-1)} of {len(values)} rows (first in row "
+            f"{values.index(-1)}): every row needs a phase. Leave these rows out, for instance with "
+            f"dataset.filter(lambda label: label >= 0, input_columns={column!r})."
+        )
     return values
 
 

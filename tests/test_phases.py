@@ -10,6 +10,7 @@ from PIL import Image
 
 from hf_modx import Phase, PhaseStream
 from hf_modx.phases import content_fingerprint
+from hf_modx.protocols.parts import parts_of
 
 
 def table(rows: int, start: int = 0, **columns) -> Dataset:
@@ -158,6 +159,20 @@ def test_a_value_named_twice_is_refused():
 def test_nulls_are_refused_with_the_first_row(make):
     with pytest.raises(ValueError, match=r"'style' has nulls \(first in row 2\)"):
         make(table(4, style=["a", "b", None, None]), "style")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        PhaseStream.from_column,
+        lambda *a: PhaseStream.from_time(*a, 2),
+        lambda data, column: parts_of({"group_column": column}, data, None),
+    ],
+)
+def test_class_that_is_missing_is_refused_with_the_number_of_rows_and_the_remedy(make):
+    data = table(5, style=[0, 1, -1, 0, -1]).cast_column("style", ClassLabel(names=["a", "b"]))
+    with pytest.raises(ValueError, match=r"'style' has no class \(-1\) in 2 of 5 rows \(first in row 2\).*filter\("):
+        make(data, "style")
 
 
 @pytest.mark.parametrize(
