@@ -7,8 +7,8 @@
 Both towers stay as they are: a linear projection behind each and the logit scale learn the pairs of the base of a
 built-in stream (`--demo_stream`) or of `--dataset_name`: locked towers, after Zhai et al., "LiT: Zero-Shot Transfer
 with Locked-image text Tuning", CVPR 2022, where only the image tower is locked. All flags of `ModXTrainingArguments`
-are taken; 500 steps where `--max_steps` does not say otherwise. The result is a `VisionTextDualEncoderModel` with its
-processor.
+are taken; 500 steps where neither `--max_steps` nor `--num_train_epochs` says otherwise. The result is a
+`VisionTextDualEncoderModel` with its processor.
 """
 
 import sys
@@ -48,7 +48,9 @@ class TowerArguments:
             raise ValueError("--demo_stream does not go with --dataset_name.")
 
 
-DEFAULTS = {"max_steps": 500, "learning_rate": 1e-3, "freeze_vision_model": True, "freeze_text_model": True}
+def defaults(_, given: set[str]) -> dict:
+    settings = {"learning_rate": 1e-3, "freeze_vision_model": True, "freeze_text_model": True}
+    return settings if "num_train_epochs" in given else {"max_steps": 500, **settings}
 
 
 def assembled(towers: TowerArguments) -> tuple[VisionTextDualEncoderModel, VisionTextDualEncoderProcessor]:
@@ -64,7 +66,7 @@ def assembled(towers: TowerArguments) -> tuple[VisionTextDualEncoderModel, Visio
 
 
 def main(argv: list[str]) -> None:
-    towers, args = parse_arguments([TowerArguments, ModXTrainingArguments], argv, lambda *_: DEFAULTS)
+    towers, args = parse_arguments([TowerArguments, ModXTrainingArguments], argv, defaults)
     set_seed(args.seed)  # of the projections
     model, processor = assembled(towers)
     if towers.dataset_name is None:

@@ -21,6 +21,7 @@ import pretrained_start  # noqa: E402
 
 from hf_modx import ModXTrainer, Phase, PhaseStream, build_recipe  # noqa: E402
 from hf_modx.data import PairCollator  # noqa: E402
+from hf_modx.yaml_arguments import parse_arguments  # noqa: E402
 
 import continual_clip  # noqa: E402
 from launch import launch  # noqa: E402
@@ -202,6 +203,20 @@ def test_towers_are_joined_on_one_data_set(capsys):
     with pytest.raises(SystemExit):
         pretrained_start.main([*towers, "--dataset_name", "my_data", "--demo_stream", "class"])
     assert "--demo_stream does not go with --dataset_name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"), [(own_callback, []), (pretrained_start, ["--vision_model", "a", "--text_model", "b"])]
+)
+@pytest.mark.parametrize(("length", "max_steps"), [(["--num_train_epochs", "2"], -1), (["--max_steps", "7"], 7)])
+def test_epochs_take_the_place_of_a_script_s_own_steps(script, flags, length, max_steps, monkeypatch):
+    def parsed(*given):
+        raise SystemExit(parse_arguments(*given)[1].max_steps)
+
+    monkeypatch.setattr(script, "parse_arguments", parsed)
+    with pytest.raises(SystemExit) as told:
+        script.main([*flags, *length, "--use_cpu", "true"])
+    assert told.value.code == max_steps
 
 
 @pytest.fixture
