@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -67,6 +68,8 @@ from .training.short_memory import told_of_short_memory
 from .training.step_batch import GlobalRows, StepBatch, gather_pairs, tensors_of
 from .training.trainable import trainable
 from .training_args import ModXTrainingArguments
+
+logger = logging.getLogger(__name__)
 
 
 class ModXTrainer(Trainer):
@@ -245,6 +248,7 @@ class ModXTrainer(Trainer):
         self._start_phase()
         self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        self._find_best_checkpoint()
         if rest := self._since_the_last_log():
             self.log(rest)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
@@ -667,6 +671,7 @@ class ModXTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_phase()
+        self._resumed_from = resume_from_checkpoint
         if self._is_plain:
             read_weights(self._dual_encoder, resume_from_checkpoint)
         else:
@@ -679,6 +684,7 @@ class ModXTrainer(Trainer):
     def _load_callback_state(self) -> None:
         """Of callbacks as early stopping, which know how long they have waited. The stock method does it only if asked
         to, and with new objects, which the run's next phase would not know."""
+        self._find_best_checkpoint()  # the state has just been read
         for name, stored in self.state.stateful_callbacks.items():
             own = [c for c in self.callback_handler.callbacks if isinstance(c, ExportableState)]
             own = [callback for callback in own if type(callback).__name__ == name]
@@ -686,6 +692,18 @@ class ModXTrainer(Trainer):
             states = stored[-len(own) :] if isinstance(stored, list) else [stored]
             for callback, state in zip(own, states, strict=False):
                 vars(callback).update(state["attributes"])
+
+    def _find_best_checkpoint(self) -> None:
+        """The state has it where it was saved. In a folder that was moved it is under its own name; the stock method
+        would forget it there."""
+        state = TrainerState.load_from_json(os.path.join(self._resumed_from, "trainer_state.json"))
+        if state.best_model_checkpoint is None:
+            return
+        here = Path(self.args.output_dir, Path(state.best_model_checkpoint).name)
+        if here.is_dir():
+            if not os.path.isdir(state.best_model_checkpoint):
+                logger.warning("The best checkpoint has been moved: it is %s.", here)
+            self.state.best_model_checkpoint = str(here)
 
     def _load_best_model(self) -> None:
         if self._is_plain:

@@ -483,6 +483,25 @@ def test_phase_that_keeps_its_best_weights_keeps_them_interrupted_before_its_end
     assert largest_difference(weights(late.model), weights(done.model)) == 0
 
 
+@pytest.mark.parametrize(("step", "way"), [(4, "train"), (6, "finish_from")])
+def test_phase_that_was_moved_finds_its_best_weights(model, make_args, processor, pairs, tmp_path, step, way):
+    """The best that were kept: at step 3, which was better, nothing was saved."""
+    start, scores = copy.deepcopy(model), [0.1, 0.8, 0.9, 0.1, 0.1, 0.1]
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+    settings |= {"save_total_limit": 3, "load_best_model_at_end": True, "metric_for_best_model": "score"}
+
+    def scored(scores):
+        return {"eval_dataset": pairs.select(range(8)), "compute_metrics": lambda _: {"score": scores.pop(0)}}
+
+    done = train(model, make_args(**settings), processor, pairs, [Contrastive()], **scored(scores.copy()))
+    assert done.state.best_model_checkpoint.endswith("checkpoint-2")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    args = make_args(**settings, output_dir=str(tmp_path / "moved"))
+    moved = trainer_of(start, args, processor, pairs, [Contrastive()], **scored(scores[step:]))
+    getattr(moved, way)(f"{args.output_dir}/checkpoint-{step}")
+    assert largest_difference(weights(moved.model), weights(done.model)) == 0
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resumed_phase_ends_with_the_same_weights(model, make_args, processor, pairs, recipe):
     start = copy.deepcopy(model)
