@@ -508,6 +508,13 @@ def test_labels_that_cannot_become_captions_are_refused(options, message):
         class_pairs(data, **options)
 
 
+@pytest.mark.parametrize("label", [-1, None, 4])
+def test_rows_of_no_class_are_refused_with_their_number(label):
+    data = labelled(8).remove_columns("label").add_column("label", [0, 1, label, 3, label, 0, 1, 2])
+    with pytest.raises(ValueError, match=r"'label' holds no class in 2 of 8 rows \(first in row 2\)"):
+        class_pairs(data, "label", TEMPLATES, class_names=["circle", "square", "triangle", "cross"])
+
+
 def test_classification_is_the_cross_entropy_over_all_classes_of_the_phase(model, make_args, processor):
     data = class_pairs(labelled(), "label", TEMPLATES)
     before = copy.deepcopy(model).eval()

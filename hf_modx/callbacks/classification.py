@@ -82,7 +82,7 @@ def class_pairs(
         class_names: by label; None: those of a `datasets.ClassLabel` column.
 
     Raises:
-        ValueError: no such column, no names, or a template without a place for them.
+        ValueError: no such column, no names, rows of no class, or a template without a place for the names.
     """
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}. The columns are: {', '.join(dataset.column_names)}.")
@@ -92,6 +92,12 @@ def class_pairs(
     check_templates(templates)
     names = list(class_names) if class_names is not None else feature.names
     labels = dataset.with_format(None)[label_column]
+    without = [row for row, label in enumerate(labels) if label is None or not 0 <= label < len(names)]
+    if without:
+        raise ValueError(
+            f"Column {label_column!r} holds no class in {len(without)} of {len(labels)} rows (first in row "
+            f"{without[0]}). Leave these rows out, or give the names of all classes as class_names."
+        )
     captions = [class_prompts(names[label], templates) for label in labels]
     replaced = {caption_column, pair_id_column} & set(dataset.column_names)
     dataset = dataset.remove_columns(sorted(replaced))
