@@ -94,6 +94,14 @@ def test_rows_kept_in_batches_of_the_reference_count_with_their_weights(alpha):
     assert 0 < weight < 1
 
 
+@pytest.mark.parametrize("screen", [True, False])
+def test_weight_of_a_reference_is_not_rounded_to_the_precision_of_the_embeddings(screen):
+    pairs = embeddings(28, 0.5)
+    half = PairEmbeddings(pairs.image.bfloat16(), pairs.text.bfloat16(), SCALE, None)
+    _, metrics = term(ModX(3.0, reference_batch_size=100, screen=screen), half, half)
+    assert metrics["modx_alpha"].item() == pytest.approx(3.0 * 100 / 28)
+
+
 @pytest.mark.parametrize("positives", [True, False])
 @pytest.mark.parametrize("lost", [None, 11])
 def test_rows_ranked_first_are_those_that_the_distillation_keeps(positives, lost):

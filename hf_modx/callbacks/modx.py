@@ -33,7 +33,7 @@ class ModX(LossCallback):
     falls with N, since the old model must find a partner among more candidates. With `reference_batch_size` R the
     weight in a batch of N is `alpha * (R kept_R) / (N kept_N)`: what alpha is in a batch of R. `kept_R` is counted in
     the batch itself, cut into batches of R, the same ones on any number of processes; in a batch smaller than R it
-    cannot be, and the weight is `alpha * R / N`.
+    cannot be, and the weight is `alpha * R / N`. With `replay_alpha` a row counts as much as it weighs.
 
     Args:
         alpha: weight of the distillation, >= 0; with `reduction="sum"` its pull grows with the global batch size. Or
@@ -179,11 +179,11 @@ class ModX(LossCallback):
     @torch.no_grad()
     def _weight_of_reference(
         self, teacher: PairEmbeddings, context: LossContext, row_weights: Tensor | None
-    ) -> Tensor:
-        """Scalar: the rows that a batch of `reference_batch_size` would keep, over those that this batch does."""
+    ) -> Tensor | float:
+        """What the rows weigh that a batch of `reference_batch_size` would keep, over what those of this batch do."""
         size, pairs = self.reference_batch_size, len(teacher.image)
         if not self.screen or size >= pairs:
-            return teacher.image.new_tensor(size / pairs)
+            return size / pairs
         pair_ids = repeated(context.pair_ids)
 
         def kept(rows: Tensor) -> Tensor:
