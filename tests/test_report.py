@@ -186,6 +186,20 @@ def test_metric_that_was_not_measured_is_named(make_run):
         compare(group_runs([make_run("modx", 0)]), "nothing")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 2}, "Image rows distilled (modx), percent:"),
+        ({"alpha": 0, "replay_alpha": 0.1}, "Image rows distilled (modx), percent of the replayed ones:"),
+    ],
+)
+def test_report_says_of_which_rows_the_distilled_ones_are_a_part(make_run, options, said):
+    def change(identity, results):
+        identity["recipe_args"]["ModX"] |= options
+
+    assert said in compare(group_runs([make_run("modx", 0, change=change)]), RECALL).notes[-1]
+
+
 # ---- Classes ----
 
 

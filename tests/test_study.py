@@ -341,6 +341,22 @@ def test_time_of_a_step_is_that_of_phases_that_were_not_interrupted(tmp_path):
         assert found["ms a step"] == time
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 0.02, "replay_alpha": 0.1}, "25 %"),
+        ({"alpha": 0, "replay_alpha": 0.1}, "25 % of replayed"),
+        ({"alpha": 0}, "25 %"),
+    ],
+)
+def test_rows_distilled_are_those_of_replayed_pairs_where_no_others_are(tmp_path, options, said):
+    identity = {"recipe_args": {"ModX": options}, "phases": [{"rows": 8}]}
+    (tmp_path / "run.json").write_text(json.dumps({"identity": identity}))
+    training = [{"starts_from": 0, "steps": 1, "train_runtime": 1.0, "pairs": 8, "image_rows_kept": {"mean": 0.25}}]
+    cell = Cell("class", "modx", 0, None, tmp_path, {"training": training}, "finished")
+    assert tables.costs(cell)["rows distilled"] == said
+
+
 @pytest.mark.parametrize("last", [{0: 0.4}, {0: 0.1, 1: 0.9}])
 def test_forgetting_removed_needs_forgetting_that_is_more_than_noise(last):
     finetune = {"reached": spread(dict.fromkeys(last, 0.6)), "last": spread(last)}

@@ -89,7 +89,8 @@ def costs(cell: Cell) -> dict[str, str]:
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
     live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
-    which = " of replayed" if options.get("ModX", {}).get("alpha") == 0 else ""
+    modx = options.get("ModX", {})
+    which = " of replayed" if modx.get("alpha") == 0 and "replay_alpha" in modx else ""
     extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),

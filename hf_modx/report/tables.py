@@ -145,7 +145,9 @@ def _kept_rows(groups: Groups) -> list[str]:
                 phase: spread(record[k]["image_rows_kept"]["mean"] for record in records)
                 for k, phase in enumerate(phases)
             }
-            notes.append(f"Image rows distilled ({name}), percent: {_listed(kept)}.")
+            options = runs[0].identity["recipe_args"].get("ModX", {})
+            of = " of the replayed ones" if options.get("alpha") == 0 and "replay_alpha" in options else ""
+            notes.append(f"Image rows distilled ({name}), percent{of}: {_listed(kept)}.")
     return notes
 
 
