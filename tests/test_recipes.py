@@ -64,6 +64,11 @@ def test_modx_plus_holds_replayed_rows_harder(options, expected):
     assert (modx.alpha, modx.replay_alpha) == expected
 
 
+def test_modx_plus_with_the_alpha_of_a_budget_is_refused_with_the_way_to_have_it():
+    with pytest.raises(ValueError, match=r"leave out replay_alpha, or take modx\+er in the place of modx_plus"):
+        build_recipe("modx_plus", alpha="auto")
+
+
 def test_unknown_recipe_names_those_there_are():
     with pytest.raises(ValueError, match="no recipe 'modix'.*finetune.*modx"):
         build_recipe("modx+modix")

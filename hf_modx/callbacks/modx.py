@@ -81,7 +81,10 @@ class ModX(LossCallback):
         if replay_alpha is not None and replay_alpha < 0:
             raise ValueError(f"replay_alpha must not be negative, got {replay_alpha}.")
         if replay_alpha is not None and alpha == AUTO:
-            raise ValueError('alpha="auto" steers one weight of all rows: leave out replay_alpha or "auto".')
+            raise ValueError(
+                'alpha="auto" steers one weight of all rows: leave out replay_alpha, or take modx+er in the place of '
+                "modx_plus."
+            )
         if alpha_start is not None and (alpha != AUTO or not alpha_start > 0):
             raise ValueError(f'alpha_start is what alpha="auto" begins with, above 0; got {alpha_start}.')
         if reduction not in ("sum", "mean"):
