@@ -194,3 +194,4 @@ def test_warns_once_a_phase_of_what_it_keeps(caplog, teacher, screen, said):
             callback.on_log(None, None, None)
     assert len(caplog.messages) == (said is not None)
     assert all(said in message for message in caplog.messages)
+    assert all("% of the pairs first" in message for message in caplog.messages)  # replayed ones count, too

@@ -215,7 +215,7 @@ class ModX(LossCallback):
         if kept < FEW_ROWS and self.screen != RECTIFY:
             self._warned = True
             logger.warning(
-                "The old model ranks only %.1f %% of the new pairs first, and Mod-X distils only those: it has little "
+                "The old model ranks only %.1f %% of the pairs first, and Mod-X distils only those: it has little "
                 "to keep here. Replay some old pairs in the batch, use a smaller batch (fewer candidates a row), or "
                 "expect a result close to plain fine-tuning.",
                 100 * kept,
@@ -223,7 +223,7 @@ class ModX(LossCallback):
         elif self.screen and kept > NEARLY_ALL_ROWS:
             self._warned = True
             logger.warning(
-                "The old model ranks %.1f %% of the new pairs first: Mod-X distils nearly every row, and holds the "
+                "The old model ranks %.1f %% of the pairs first: Mod-X distils nearly every row, and holds the "
                 "model to what it knows of the new pairs too. Where it learns too little, lower alpha or use a larger "
                 "batch (more candidates a row).",
                 100 * kept,
