@@ -53,7 +53,7 @@ class AffinityLosses(NamedTuple):
     Attributes:
         contrastive: the mean over both directions of the cross-entropies' mean over rows.
         distillation: the mean over both directions of KL(old || new) summed over the kept rows, and of
-            KL(pairs || new) summed over the rectified ones.
+            KL(pairs || new) summed over the rectified ones, each as often as it counts.
         image_rows_kept, text_rows_kept: number of rows that the distillation kept.
         image_rows_rectified, text_rows_rectified: number of rows held to the pairs themselves.
     """
