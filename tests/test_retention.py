@@ -16,6 +16,7 @@ from hf_modx.callbacks import RetentionBudget
 from hf_modx.evaluation import RetrievalTest, ZeroShotTest
 from hf_modx.interpolation import WeightInterpolation, require_interpolation, snapshot
 from hf_modx.model_card.keeping import kept_rows_notes, retention_notes
+from hf_modx.model_card.training import phases_table
 from hf_modx.run.retention import load_retention_tests
 from hf_modx.trained_weights import adapters_merged, trained_weights
 
@@ -526,6 +527,19 @@ def test_card_states_the_promise_and_the_drift_of_the_scale(run):
         and "10 of 10 steps, 12 evaluations." in card
     )
     assert retention_notes(results(continual), 1) in card
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"alpha": 0.02, "replay_alpha": 0.1}, "| image rows kept | text rows kept |"),
+        ({"alpha": 0, "replay_alpha": 0.1}, "| image rows kept, of replayed | text rows kept, of replayed |"),
+    ],
+)
+def test_card_says_of_which_rows_those_kept_are_a_part(options, said):
+    identity = {"recipe_args": {"ModX": options}, "phases": [{"name": "one", "rows": 8}]}
+    training = [{"image_rows_kept": {"mean": 0.5}, "text_rows_kept": {"mean": 0.5}}]
+    assert said in phases_table(identity, {"training": training}, 1)
 
 
 @pytest.mark.parametrize(("kept", "said"), [(0.01, "fewer than 5 %"), (0.5, None), (0.99, "more than 95 %")])

@@ -14,6 +14,7 @@ from cells import OURS, Cell, finished, read_cells, shows_validation
 from measures import METRIC, METRICS, UNION, has_collapsed, mean, measures, spread, summary
 
 from hf_modx import callbacks
+from hf_modx.callbacks.modx import distils_replayed_alone
 from hf_modx.evaluation import EvaluationMatrix
 from hf_modx.files import read_json, write_json, write_text
 from hf_modx.markdown import table
@@ -89,8 +90,7 @@ def costs(cell: Cell) -> dict[str, str]:
     kept = [record["image_rows_kept"]["mean"] for record in training if "image_rows_kept" in record]
     stored = training[-1].get("memory_pairs", training[-1]["pairs"] - parts["phases"][-1]["rows"])
     live = [getattr(callbacks, name) for name in options if hasattr(callbacks, name)]
-    modx = options.get("ModX", {})
-    which = " of replayed" if modx.get("alpha") == 0 and "replay_alpha" in modx else ""
+    which = " of replayed" if distils_replayed_alone(options.get("ModX", {})) else ""
     extra = [text.format(**options[name]) for name, text in EXTRA.items() if name in options]
     return {
         "steps": str(steps),

@@ -1,6 +1,8 @@
 """Mod-X as a loss callback."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -233,6 +235,11 @@ class ModX(LossCallback):
         self._kept = torch.zeros(())
         self._batches = 0
         self._warned = False
+
+
+def distils_replayed_alone(options: Mapping[str, Any]) -> bool:
+    """Whether a `ModX` of these options, as a run has written them down, counts the rows of replayed pairs alone."""
+    return options.get("alpha") == 0 and "replay_alpha" in options
 
 
 def reference_batches(context: LossContext, size: int) -> list[Tensor]:

@@ -5,6 +5,7 @@ from enum import Enum
 from typing import Any
 from urllib.parse import quote
 
+from ..callbacks.modx import distils_replayed_alone
 from ..markdown import escaped, table
 from .metadata import source_of_test
 
@@ -44,8 +45,9 @@ def phases_table(identity: Mapping[str, Any], results: Mapping[str, Any], number
                 escaped(record.get("weights", "")),
             ]
         )
-    header = ["phase", "name", "pairs", "steps", "starts from", "image rows kept", "text rows kept", "logit scale"]
-    return table([*header, "time", "energy of the GPUs", "weights after it"], rows)
+    of = ", of replayed" if distils_replayed_alone(identity["recipe_args"].get("ModX", {})) else ""
+    header = ["phase", "name", "pairs", "steps", "starts from", f"image rows kept{of}", f"text rows kept{of}"]
+    return table([*header, "logit scale", "time", "energy of the GPUs", "weights after it"], rows)
 
 
 def wall_time(record: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ..callbacks.modx import distils_replayed_alone
 from ..evaluation import EvaluationMatrix
 from ..markdown import escaped, table
 from ..model_card.metadata import metric_name
@@ -145,8 +146,8 @@ def _kept_rows(groups: Groups) -> list[str]:
                 phase: spread(record[k]["image_rows_kept"]["mean"] for record in records)
                 for k, phase in enumerate(phases)
             }
-            options = runs[0].identity["recipe_args"].get("ModX", {})
-            of = " of the replayed ones" if options.get("alpha") == 0 and "replay_alpha" in options else ""
+            alone = distils_replayed_alone(runs[0].identity["recipe_args"].get("ModX", {}))
+            of = " of the replayed ones" if alone else ""
             notes.append(f"Image rows distilled ({name}), percent{of}: {_listed(kept)}.")
     return notes
 
