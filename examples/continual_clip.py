@@ -311,8 +311,6 @@ def defaults(chosen, given: set[str]) -> dict:
     settings = {"output_dir": f"runs/{recipe_name(recipe)}-seed{chosen.seed}"}
     if chosen.dataset_name is None and chosen.model_name_or_path is None:
         settings |= DEMO_DEFAULTS
-        if "num_train_epochs" in given:
-            del settings["max_steps"]
     return settings | method_defaults(recipe, given)
 
 
@@ -331,8 +329,6 @@ def protocol_defaults(chosen, given: set[str]) -> dict:
     recipe = chosen.recipe if "recipe" in given else own
     if recipe == own:
         settings["recipe_args"] = options
-    if "num_train_epochs" in given:
-        settings.pop("max_steps", None)
     of_method = method_defaults(parts_of(recipe), given | set(settings))
     name = f"{Path(chosen.protocol).stem}-{recipe_name(parts_of(recipe))}-seed{chosen.seed}"
     return {"output_dir": f"runs/{name}", "recipe": recipe, **of_method, **settings}

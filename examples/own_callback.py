@@ -52,15 +52,9 @@ class RelationArguments:
     base_max_steps: int = field(default=BASE_MAX_STEPS, metadata={"help": "Steps of the small CLIP before phase 1."})
 
 
-def defaults(_, given: set[str]) -> dict:
-    settings = {"output_dir": "runs/image_relations", **DEMO_DEFAULTS}
-    if "num_train_epochs" in given:
-        del settings["max_steps"]
-    return settings
-
-
 def main(argv: list[str]) -> EvaluationMatrix:
-    relations, args = parse_arguments([RelationArguments, ModXTrainingArguments], argv, defaults)
+    defaults = {"output_dir": "runs/image_relations", **DEMO_DEFAULTS}
+    relations, args = parse_arguments([RelationArguments, ModXTrainingArguments], argv, lambda *_: defaults)
     recipe = ["finetune", ImageRelations(relations.weight)]
     matrix = ContinualRun(demo_stream(args.seed), recipe, args, base_max_steps=relations.base_max_steps).run()
     print(matrix.to_markdown())

@@ -48,9 +48,7 @@ class TowerArguments:
             raise ValueError("--demo_stream does not go with --dataset_name.")
 
 
-def defaults(_, given: set[str]) -> dict:
-    settings = {"learning_rate": 1e-3, "freeze_vision_model": True, "freeze_text_model": True}
-    return settings if "num_train_epochs" in given else {"max_steps": 500, **settings}
+DEFAULTS = {"max_steps": 500, "learning_rate": 1e-3, "freeze_vision_model": True, "freeze_text_model": True}
 
 
 def assembled(towers: TowerArguments) -> tuple[VisionTextDualEncoderModel, VisionTextDualEncoderProcessor]:
@@ -66,7 +64,7 @@ def assembled(towers: TowerArguments) -> tuple[VisionTextDualEncoderModel, Visio
 
 
 def main(argv: list[str]) -> None:
-    towers, args = parse_arguments([TowerArguments, ModXTrainingArguments], argv, defaults)
+    towers, args = parse_arguments([TowerArguments, ModXTrainingArguments], argv, lambda *_: DEFAULTS)
     set_seed(args.seed)  # of the projections
     model, processor = assembled(towers)
     if towers.dataset_name is None:

@@ -66,7 +66,7 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: 
         dataclasses: argument classes.
         argv: without the program's name.
         defaults: function of the namespace parsed with the dataclasses' own defaults, and of the set of options that
-            are given; returns other defaults.
+            are given; returns other defaults. Of these `max_steps` gives way to `num_train_epochs` that are given.
 
     Raises:
         SystemExit: a usage error, told on standard error.
@@ -80,7 +80,11 @@ def parse_arguments(dataclasses: Sequence[type], argv: Sequence[str], defaults: 
             parser.error(str(error))
     try:
         if defaults is not None:
-            parser.set_defaults(**defaults(parser.parse_known_args(arguments)[0], _given(parser, arguments)))
+            given = _given(parser, arguments)
+            own = defaults(parser.parse_known_args(arguments)[0], given)
+            if "num_train_epochs" in given:
+                own = {name: value for name, value in own.items() if name != "max_steps"}
+            parser.set_defaults(**own)
         return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except ValueError as error:
         parser.error(str(error))
