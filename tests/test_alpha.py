@@ -135,7 +135,7 @@ def train_and_log(folder, batch_size, accumulation):
     processor = tiny_processor()
     trainer = ModXTrainer(
         tiny_clip(processor).double(), args, train_dataset=tiny_pairs(48), processing_class=processor,
-        loss_callbacks=[{"modx": {"reference_batch_size": 4}}, "er"],
+        loss_callbacks=[{"modx": {"reference_batch_size": 4, "replay_alpha": 50.0}}, "er"],
     )  # fmt: skip
     trainer.use_memory(tiny_pairs(10, "yellow"))
     trainer.train()
