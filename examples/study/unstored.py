@@ -21,7 +21,7 @@ from measures import mean, measures, spread  # noqa: E402
 from run import BASE  # noqa: E402
 from tables import SHOWN, plus_minus, seeds  # noqa: E402
 
-from hf_modx.demo import DEMO_STREAMS  # noqa: E402
+from hf_modx.demo import DEMO_DEFAULTS, DEMO_STREAMS  # noqa: E402
 from hf_modx.files import write_text  # noqa: E402
 from hf_modx.markdown import table  # noqa: E402
 from hf_modx.model_card.metadata import metric_name  # noqa: E402
@@ -30,7 +30,7 @@ from hf_modx.phases import PhaseStream  # noqa: E402
 ALONE = "_alone"
 DEFAULTS = {
     "--streams": "domain",
-    "--recipes": "finetune,modx,kl-0.2,er,plus-a2,plus-mem,modx_plus,incclip",
+    "--recipes": "finetune,modx-2,er,plus-mem,modx_plus",
     "--output_dir": "runs/study-unstored",
 }
 COLUMNS = ("base before", "base, end", "phases, learned", "phases, end")
@@ -42,13 +42,17 @@ def main(argv: Sequence[str]) -> int:
     if options.jobs > 1:
         raise SystemExit("--jobs does not go with these streams: start the program twice, with other seeds.")
     bases, status = options.output_dir / "bases", 0
+    # Those of the built-in streams, which a model given by name does not bring along.
+    settings = {name: value for name, value in DEMO_DEFAULTS.items() if name not in run.FORMS[options.form]}
     for stream in options.streams:
         DEMO_STREAMS[stream + ALONE] = without_base(DEMO_STREAMS[stream])
         for seed in options.seeds:
             own = [*argv, "--seeds", str(seed)]
             run.main([*own, "--streams", stream, "--recipes", BASE, "--output_dir", str(bases)])
             model = bases / stream / f"{BASE}-seed{seed}" / "phase-0"
-            status |= run.main([*own, "--streams", stream + ALONE, "--model_name_or_path", str(model)])
+            flags = {"model_name_or_path": model, **settings}
+            given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+            status |= run.main([*own, "--streams", stream + ALONE, *given])
     report = write_report(read_cells(options.output_dir))
     write_text(options.output_dir / "unstored.md", report)
     print(report)
