@@ -6,8 +6,8 @@
 The base has learned some 1,300 drawings of the Open Clip Art Library (Debian's package; those whose authors have put
 them into the public domain and given them a title of their own), with captions as people type them, some in French or
 Italian. The phases are those of the instance-incremental stream: random parts of all emoji. One choice was settled
-here, by a rule written down before: that `modx_plus` holds replayed pairs harder than new ones, as `plus-mem` was ahead
-of `plus-a2`.
+here, by a rule written down before: that `modx_plus` holds replayed pairs harder than new ones, as `plus-mem` was
+ahead of `plus-a2`.
 
 Options are those of `run.py`; runs are begun in this process, one at a time (`--jobs` does not go with it). For two at
 a time start it twice, with other seeds.
