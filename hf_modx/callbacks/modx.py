@@ -152,7 +152,7 @@ class ModX(LossCallback):
                 terms["contrastive"] = contrastive_loss(student, **relations)
         weight = 1.0
         if self.reference_batch_size is not None:
-            weight = self._weight_of_reference(teacher, context, row_weights)
+            weight = self._weight_of_reference(teacher, context, row_weights, result)
         if self.reference_batch_size is not None or self.alpha == AUTO:
             self._report_weights(context, weight)
         alpha = self.current_alpha if row_weights is None else 1.0
@@ -183,7 +183,11 @@ class ModX(LossCallback):
 
     @torch.no_grad()
     def _weight_of_reference(
-        self, teacher: PairEmbeddings, context: LossContext, row_weights: Tensor | None
+        self,
+        teacher: PairEmbeddings,
+        context: LossContext,
+        row_weights: Tensor | None,
+        found: ModXLoss | AffinityDistillation,
     ) -> Tensor | float:
         """What the rows weigh that a batch of `reference_batch_size` would keep, over what those of this batch do."""
         size, pairs = self.reference_batch_size, len(teacher.image)
@@ -203,7 +207,10 @@ class ModX(LossCallback):
 
         with full_precision(teacher.image):
             batches = reference_batches(context, size)
-            here = kept(torch.arange(pairs, device=context.row_ids.device))
+            if row_weights is None:  # the loss has ranked the whole batch already, and counted
+                here = pairs * (found.image_rows_kept + found.text_rows_kept)
+            else:
+                here = kept(torch.arange(pairs, device=context.row_ids.device))
             return (sum(map(kept, batches)) / len(batches) / here).where(here > 0, 0)
 
     def on_train_begin(self, args, state, control, **kwargs):
