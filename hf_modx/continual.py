@@ -162,7 +162,7 @@ class ContinualRun:
         if any(isinstance(callback, Classification) for callback in self.loss_callbacks):
             refuse_phases_without_classes(self.tests.stream, args.pair_id_column)
         checks = StreamChecks(args)
-        stream = checks.usable(self.tests.stream, other_tests=len(self.tests.labels))
+        stream = checks.usable(self.tests.stream, self.tests.labels)
         self.bad_samples = checks.bad_samples
         self.deletions = Deletions(self.folder, (args.image_column, args.pair_id_column))
         self.stream = self.deletions.kept(stream)

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Value
+from datasets import Dataset, Image, Value
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor, EarlyStoppingCallback, TrainerCallback, pipeline
 from transformers.utils import logging as transformers_logging
 
 from hf_modx import RECIPES, ContinualRun, Contrastive, ModX, Phase, PhaseStream
+from hf_modx.evaluation.suite import ZeroShotTest
 from hf_modx.files import seal
 from hf_modx.run.folder import last_complete_checkpoint
 from hf_modx.run.identity import changes
@@ -180,6 +181,19 @@ def test_tested_image_is_left_out_of_training_when_asked(run, make_args):
     continual = run(PhaseStream((leaky,)), args=make_args(max_steps=3, bad_samples="skip"))
     assert results(continual)["training"][0]["pairs"] == 11
     assert results(continual)["bad_samples"]["leaky (train)"]["count"] == 1
+
+
+def test_trained_images_in_a_test_of_labels_are_told_and_stay(model, processor, make_args, caplog):
+    """Training and test parts of CIFAR and others share images: nothing is left out of a benchmark."""
+    data = tiny_pairs(20)
+    labels = Dataset.from_dict({"photo": data["image"][10:16], "label": [0, 1] * 3}, split="test")
+    test = ZeroShotTest(labels.cast_column("photo", Image()), "photo", class_names=["circle", "square"])
+    stream = PhaseStream((Phase("leaky", data.select(range(12))),))
+    continual = ContinualRun(
+        stream, "finetune", make_args(max_steps=1), model=model, processing_class=processor, tests={"shapes": test}
+    )
+    assert "leaky (train): 2 of 12 rows show an image of the test 'shapes' (first in row 10)" in caplog.text
+    assert len(continual.stream.phases[0].train) == 12
 
 
 @pytest.mark.parametrize("has_ids", [True, False])

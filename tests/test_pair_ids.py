@@ -261,7 +261,7 @@ def test_later_phase_without_ids_is_refused_before_the_first_is_trained(make_arg
     later = tiny_pairs(8, start=8).remove_columns("pair_id")
     stream = PhaseStream((Phase("one", tiny_pairs(8)), Phase("two", later)))
     with pytest.raises(ValueError, match="pairs_in_batch='apart' needs a column 'pair_id'"):
-        StreamChecks(make_args(pairs_in_batch="apart")).usable(stream)
+        StreamChecks(make_args(pairs_in_batch="apart")).usable(stream, {})
 
 
 @pytest.mark.parametrize(("recipe", "is_told"), [("er", True), ("joint", True), ("finetune", False)])

@@ -500,10 +500,11 @@ def test_labels_become_captions_and_ids():
         ({"label_column": "class"}, "no column 'class'"),
         ({"label_column": "label", "templates": ["a photo"]}, "needs a place"),
         ({"label_column": "number"}, "class_names"),
+        ({"label_column": "name", "class_names": ["a", "b"]}, r"'name' does not hold numbers.*class_encode_column"),
     ],
 )
 def test_labels_that_cannot_become_captions_are_refused(options, message):
-    data = labelled().add_column("number", list(range(32)))
+    data = labelled().add_column("number", list(range(32))).add_column("name", ["a", "b"] * 16)
     with pytest.raises(ValueError, match=message):
         class_pairs(data, **options)
 

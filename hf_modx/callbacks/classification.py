@@ -82,11 +82,16 @@ def class_pairs(
         class_names: by label; None: those of a `datasets.ClassLabel` column.
 
     Raises:
-        ValueError: no such column, no names, rows of no class, or a template without a place for the names.
+        ValueError: no such column, no integers, no names, rows of no class, or a template without a place for the names.
     """
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}. The columns are: {', '.join(dataset.column_names)}.")
     feature = dataset.features[label_column]
+    if not isinstance(feature, ClassLabel) and "int" not in str(getattr(feature, "dtype", "")):
+        raise ValueError(
+            f"Column {label_column!r} does not hold numbers of classes: {feature}. Where it holds their names, "
+            f"dataset.class_encode_column({label_column!r}) numbers them."
+        )
     if class_names is None and not isinstance(feature, ClassLabel):
         raise ValueError(f"Column {label_column!r} has no class names: give class_names, or cast it to a ClassLabel.")
     check_templates(templates)

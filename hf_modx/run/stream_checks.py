@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
 
@@ -11,6 +11,7 @@ from ..data.bad_samples import BadSample, drop_bad_samples, find_bad_samples
 from ..data.overlap import image_digests, shared_rows
 from ..data.pair_groups import arrangement_for
 from ..distributed import on_each_process, on_main_process, world_size
+from ..evaluation.suite import LabelTest
 from ..nearest import did_you_mean
 from ..phases import PhaseStream
 from ..training_args import ModXTrainingArguments
@@ -29,12 +30,12 @@ class StreamChecks:
         self.args = args
         self.bad_samples: dict[str, list[BadSample]] = {}
 
-    def usable(self, stream: PhaseStream, *, other_tests: int = 0) -> PhaseStream:
+    def usable(self, stream: PhaseStream, labels: Mapping[str, LabelTest]) -> PhaseStream:
         """The stream without the rows that cannot be used.
 
         Args:
             stream: with the retrieval tests.
-            other_tests: how many there are beside it.
+            labels: the tests of labels by name. No row of them is left out.
 
         Raises:
             TypeError, ValueError: columns that are missing or of another type; rows that cannot be used, unless
@@ -44,9 +45,9 @@ class StreamChecks:
         refuse_unknown_pair_ids(parts, self.args.pair_id_column)
         for phase in stream:
             arrangement_for(self.args, phase.train, has_columns=True)  # a Trainer refuses when its phase begins
-        stream = self._without_leaks(stream.map_parts(self._without_bad_samples))
+        stream = self._without_leaks(stream.map_parts(self._without_bad_samples), labels)
         _refuse_too_few_pairs(stream, self.args)
-        if not stream.tests() and other_tests == 0:
+        if not stream.tests() and not labels:
             logger.warning("No phase has a test: nothing will tell what was forgotten. See test_fraction.")
         return stream
 
@@ -58,17 +59,25 @@ class StreamChecks:
         bad = on_each_process(lambda rank, number: find_bad_samples(part, *columns, name, (rank, number)))
         return self._leave_out(name, part, sorted(bad, key=lambda sample: sample.row))
 
-    def _without_leaks(self, stream: PhaseStream) -> PhaseStream:
-        """No image is both learned and tested. Where it is, the part that came first keeps it: with next month's
-        data the months before stay as they were."""
+    def _without_leaks(self, stream: PhaseStream, labels: Mapping[str, LabelTest]) -> PhaseStream:
+        """No image is both learned and in a test of pairs. Where it is, the part that came first keeps it: with next
+        month's data the months before stay as they were."""
         learned: dict[bytes | None, str] = {}
         tested: dict[bytes | None, str] = {}
+        with_labels = {
+            digest: name
+            for name, test in labels.items()
+            for digest in _digests(test.dataset, test.image_column)
+            if digest is not None
+        }
 
         def clean(name: str, part: Dataset) -> Dataset:
-            digests = on_main_process(lambda: image_digests(part, self.args.image_column))
+            digests = _digests(part, self.args.image_column)
             if self.args.pair_id_column not in part.column_names:
                 _warn_of_repeated_images(name, digests, self.args.pair_id_column)
             own, others = (tested, learned) if name.endswith("(test)") else (learned, tested)
+            if own is learned:
+                _warn_of_images_with_labels(name, digests, with_labels)
             shared = shared_rows(digests, others)
             left_out = {sample.row for sample in shared}
             own.update((digest, name) for row, digest in enumerate(digests) if row not in left_out)
@@ -80,6 +89,29 @@ class StreamChecks:
         if bad:
             self.bad_samples[name] = self.bad_samples.get(name, []) + bad
         return drop_bad_samples(part, bad, self.args.bad_samples, name)
+
+
+def _digests(part: Dataset, image_column: str) -> list[bytes | None]:
+    return on_main_process(lambda: image_digests(part, image_column))
+
+
+def _warn_of_images_with_labels(name: str, digests: Sequence[bytes | None], tested: Mapping[bytes, str]) -> None:
+    """No row is left out: the training and test parts of well-known benchmarks share some images, and published
+    numbers have been measured with them."""
+    rows: dict[str, list[int]] = {}
+    for row, digest in enumerate(digests):
+        if digest in tested:
+            rows.setdefault(tested[digest], []).append(row)
+    for test, found in rows.items():
+        logger.warning(
+            "%s: %d of %d rows show an image of the test %r (first in row %d), which is then no test of what was not "
+            "seen. Leave them out, unless that is how the benchmark is made.",
+            name,
+            len(found),
+            len(digests),
+            test,
+            found[0],
+        )
 
 
 def _warn_of_repeated_images(name: str, digests: Sequence[bytes | None], pair_id_column: str) -> None:
