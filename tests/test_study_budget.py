@@ -50,7 +50,15 @@ def test_table_of_the_budget_counts_phases_steps_and_evaluations():
 def test_table_of_batch_sizes_has_difference_and_spread():
     matrices = {"modx-b128": KEEPS, "modx-b256": KEEPS, "modx-b512": FORGETS}
     cells = [cell(recipe, seed, matrix, [(1, None)] * 2) for recipe, matrix in matrices.items() for seed in (0, 1)]
-    table = batch_size.batch_table(cells)
+    table = batch_size.batch_tables(cells)
     # forgetting: the best of the old tests less the last row, (0.5 - 0.4 + 0.3 - 0.3) / 2 and (0.5 - 0.2 + 0.1) / 2
     assert "| plain alpha | forgetting | 5.0 ± 0.0 | 5.0 ± 0.0 | 20.0 ± 0.0 | 15.0 | 0.0 |" in table
     assert "reference" not in table  # its runs are not finished
+
+
+def test_batches_with_as_many_pairs_have_a_table_of_their_own():
+    matrices = {"modx-p64": KEEPS, "modx-ref64-p256": KEEPS, "modx-ref64-p1024": FORGETS}
+    table = batch_size.batch_tables([cell(recipe, 2, matrix, [(1, None)] * 2) for recipe, matrix in matrices.items()])
+    assert "| alpha | in percent | batch 64 | batch 256 | batch 1,024 | apart |" in table
+    assert "64 | plasticity | 25.0 | 25.0 | 40.0 | 15.0 |" in table
+    assert "plain alpha" not in table and "512" not in table  # their runs are not finished

@@ -1,10 +1,12 @@
-"""Whether alpha means the same in batches of 128, 256 and 512: as it is, and with `reference_batch_size`.
+"""Whether alpha means the same in batches of other sizes: as it is, and with `reference_batch_size`.
 
-    python examples/study/batch_size.py --seeds 0,1,2
+    python examples/study/batch_size.py --seeds 0,1 --max_steps 100
+    python examples/study/batch_size.py --seeds 2,3 --recipes batch_pairs
 
-Options are those of `run.py`, whose entries of the set `batch` it runs on the domain stream, in pieces that can be
-interrupted and taken up again. All runs of a seed start from the same base and take equally many steps. The output
-folder gets `batch_size.md`: forgetting and plasticity, and how far the batch sizes are apart.
+The first takes as many steps in batches of 128, 256 and 512, the second sees as many pairs in batches of 64, 256 and
+1,024. Options are those of `run.py`, whose entries of the sets `batch` and `batch_pairs` it runs on the domain stream,
+in pieces that can be interrupted and taken up again. All runs of a seed start from the same base. The output folder
+gets `batch_size.md`: forgetting, plasticity and what is left, and how far the batch sizes are apart.
 """
 
 import sys
@@ -23,35 +25,52 @@ from tables import plus_minus  # noqa: E402
 from hf_modx.markdown import escaped, table  # noqa: E402
 
 DEFAULTS = {"--recipes": "batch", "--streams": "domain", "--output_dir": "runs/study-batch"}
-GROUPS = {
-    "fine-tuning": ("finetune-b128", "finetune-b256", "finetune-b512"),
-    "plain alpha": ("modx-b128", "modx-b256", "modx-b512"),
-    "reference_batch_size 128": ("modx-b128", "modx-ref128-b256", "modx-ref128-b512"),
+AS_MANY_STEPS = {
+    "fine-tuning": {128: "finetune-b128", 256: "finetune-b256", 512: "finetune-b512"},
+    "plain alpha": {128: "modx-b128", 256: "modx-b256", 512: "modx-b512"},
+    "reference_batch_size 128": {128: "modx-b128", 256: "modx-ref128-b256", 512: "modx-ref128-b512"},
 }
-SIZES = (128, 256, 512)
+AS_MANY_PAIRS = {
+    "fine-tuning": {64: "finetune-p64", 256: "finetune-p256", 1024: "finetune-p1024"},
+    "plain alpha": {64: "modx-p64", 256: "modx-p256", 1024: "modx-p1024"},
+    "reference_batch_size 64": {64: "modx-p64", 256: "modx-ref64-p256", 1024: "modx-ref64-p1024"},
+}
+MEASURES = ("forgetting", "plasticity", "last")
 
 
 def main(argv: Sequence[str]) -> int:
-    return run.with_report(argv, DEFAULTS, "batch_size.md", batch_table)
+    return run.with_report(argv, DEFAULTS, "batch_size.md", batch_tables)
 
 
-def batch_table(cells: Sequence[Cell]) -> str:
-    """Markdown: forgetting and plasticity by batch size, and the largest difference beside the largest spread."""
+def batch_tables(cells: Sequence[Cell]) -> str:
+    """Markdown, a table for each of the two comparisons: measures by batch size, and the largest difference beside the
+    largest spread. Groups that have not run are left out."""
     found = finished(cells)
+    return "\n".join(filter(None, (batch_table(found, groups) for groups in (AS_MANY_STEPS, AS_MANY_PAIRS))))
+
+
+def batch_table(found: Mapping[str, Mapping[int, Cell]], groups: Mapping[str, Mapping[int, str]]) -> str:
+    """Markdown, empty where no group has run.
+
+    Args:
+        found: by recipe and seed.
+        groups: recipes by batch size.
+    """
     rows = []
-    for group, recipes in GROUPS.items():
-        if any(recipe not in found for recipe in recipes):
+    for group, recipes in groups.items():
+        if any(recipe not in found for recipe in recipes.values()):
             continue
-        for measure in ("forgetting", "plasticity"):
+        for measure in MEASURES:
             by_size = [
                 spread({seed: measures(cell.results, METRIC)[measure] for seed, cell in found[recipe].items()})
-                for recipe in recipes
+                for recipe in recipes.values()
             ]
             means = [of_size["mean"] for of_size in by_size]
             apart = f"{100 * (max(means) - min(means)):.1f}"
             rows.append([escaped(group), measure, *map(plus_minus, by_size), apart, largest_deviation(by_size)])
-    header = ["alpha", "in percent", *(f"batch {size}" for size in SIZES), "apart", "largest spread"]
-    return table(header, rows) + "\n"
+    sizes = (f"batch {size:,}" for size in groups["fine-tuning"])
+    header = ["alpha", "in percent", *sizes, "apart", "largest spread"]
+    return table(header, rows) + "\n" if rows else ""
 
 
 def largest_deviation(by_size: Sequence[Mapping[str, Any]]) -> str:
