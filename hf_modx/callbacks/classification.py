@@ -82,7 +82,8 @@ def class_pairs(
         class_names: by label; None: those of a `datasets.ClassLabel` column.
 
     Raises:
-        ValueError: no such column, no integers, no names, rows of no class, or a template without a place for the names.
+        ValueError: no such column, no integers, no names, rows of no class, or a template without a place for the
+            names.
     """
     if label_column not in dataset.column_names:
         raise ValueError(f"There is no column {label_column!r}. The columns are: {', '.join(dataset.column_names)}.")
