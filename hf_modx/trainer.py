@@ -695,7 +695,7 @@ class ModXTrainer(Trainer):
 
     def _find_best_checkpoint(self) -> None:
         """The state has it where it was saved. In a folder that was moved it is under its own name; the stock method
-        would forget it there."""
+        would forget it there. A checkpoint that comes from the Hub comes without it."""
         state = TrainerState.load_from_json(os.path.join(self._resumed_from, "trainer_state.json"))
         if state.best_model_checkpoint is None:
             return
@@ -704,6 +704,13 @@ class ModXTrainer(Trainer):
             if not os.path.isdir(state.best_model_checkpoint):
                 logger.warning("The best checkpoint has been moved: it is %s.", here)
             self.state.best_model_checkpoint = str(here)
+        elif not os.path.isdir(state.best_model_checkpoint):
+            logger.warning(
+                "The best checkpoint so far, %s, is not there: the best one from step %d on counts.",
+                here.name,
+                state.global_step,
+            )
+            self.state.best_model_checkpoint = self.state.best_metric = self.state.best_global_step = None
 
     def _load_best_model(self) -> None:
         if self._is_plain:

@@ -1,6 +1,7 @@
 """The callbacks of the baselines: their formulas, and what they do before the first and after the last step."""
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -500,6 +501,28 @@ def test_phase_that_was_moved_finds_its_best_weights(model, make_args, processor
     moved = trainer_of(start, args, processor, pairs, [Contrastive()], **scored(scores[step:]))
     getattr(moved, way)(f"{args.output_dir}/checkpoint-{step}")
     assert largest_difference(weights(moved.model), weights(done.model)) == 0
+
+
+@pytest.mark.parametrize(("step", "way", "kept"), [(4, "train", 6), (8, "finish_from", 8)])
+def test_phase_whose_best_weights_are_gone_keeps_the_best_from_there_on(
+    model, make_args, processor, pairs, tmp_path, caplog, step, way, kept
+):
+    """A checkpoint that comes from the Hub comes alone."""
+    start, scores = copy.deepcopy(model), [0.1, 0.9, 0.1, 0.1, 0.1, 0.5, 0.1, 0.1]
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+    args = make_args(**settings, save_total_limit=4, load_best_model_at_end=True, metric_for_best_model="score")
+
+    def trained_from(model, scores):
+        scored = {"eval_dataset": pairs.select(range(8)), "compute_metrics": lambda _: {"score": scores.pop(0)}}
+        return trainer_of(model, args, processor, pairs, [Contrastive()], **scored)
+
+    trained_from(model, scores.copy()).train()
+    of_step = load_file(tmp_path / "out" / f"checkpoint-{kept}" / "model.safetensors")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    alone = trained_from(start, scores[step:])
+    getattr(alone, way)(f"{args.output_dir}/checkpoint-{step}")
+    assert f"checkpoint-2, is not there: the best one from step {step} on counts" in caplog.text
+    assert all(torch.equal(alone.model.state_dict()[name], saved) for name, saved in of_step.items())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
