@@ -22,7 +22,7 @@ import run as study  # noqa: E402
 import continual_clip  # noqa: E402
 from tiny import tiny_pairs  # noqa: E402
 
-PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/KEEPING.md"]
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "examples/KEEPING.md", "examples/STUDY.md"]
 LINKED = ["README.md", "CONTRIBUTING.md", *(f"{folder}/**/*.md" for folder in ("examples", "model_cards", "tests"))]
 OF_OTHERS = {"git", "pip", "hf", "pytest", "ruff", "pre-commit", "pdoc", "python3"}
 """Programs that are not ours."""
