@@ -48,6 +48,8 @@ LOG = "log.txt"
 INTERRUPTED = 130
 BASE = "frozen"
 """The recipe that only trains the base: it runs first, so that the others find the base in the cache."""
+ITS_MODEL = "{base}"
+"""Value of an entry: the base that this recipe has trained, for runs with a batch size that would train another."""
 
 FORMS = {
     "full": {},
@@ -171,10 +173,14 @@ def planned(options: argparse.Namespace, further: Sequence[str]) -> list[Run]:
             seed,
             entries.get(name, {}).get("front"),
             tuple(flags_of(entries.get(name, {}), name, stream, seed, options, further)),
-            options.output_dir / stream / f"{name}-seed{seed}",
+            folder_of(name, stream, seed, options),
         )
         for seed, stream, name in cells
     ]
+
+
+def folder_of(name: str, stream: str, seed: int, options: argparse.Namespace) -> Path:
+    return options.output_dir / stream / f"{name}-seed{seed}"
 
 
 def flags_of(
@@ -194,6 +200,8 @@ def flags_of(
     }
     flags = []
     for key, value in settings.items():
+        if value == ITS_MODEL:
+            value = folder_of(BASE, stream, seed, options) / "phase-0"
         flags += [f"--{key}", json.dumps(value) if isinstance(value, Mapping) else str(value)]
     return [*flags, *further]
 
