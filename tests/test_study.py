@@ -166,9 +166,8 @@ def test_entry_may_start_from_the_base_of_its_stream_and_seed(tmp_path):
     entries = tmp_path / "recipes.yaml"
     entries.write_text('recipes:\n  small: {per_device_train_batch_size: 64, model_name_or_path: "{base}"}')
     runs = plan("--recipes", "small", "--recipe_file", str(entries), "--seeds", "3,4", "--output_dir", str(tmp_path))
-    of_seed = {run.seed: run for run in runs if run.recipe == "frozen"}
-    for run in runs[2:]:
-        assert run.flags[-1] == str(of_seed[run.seed].folder / "phase-0")
+    bases = {(run.stream, run.seed): str(run.folder / "phase-0") for run in runs if run.recipe == "frozen"}
+    assert {(run.stream, run.seed): run.flags[-1] for run in runs if run.recipe == "small"} == bases
 
 
 def test_options_are_not_chosen_on_the_seeds_of_the_tables(capsys):
