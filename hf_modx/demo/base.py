@@ -48,7 +48,7 @@ DEMO_RECIPE_ARGS = {
 }
 """Options of recipes that suit it. On validation drawings of two streams no other setting that was tried at the same
 learning rate is better by two standard errors (`model_cards/search.md`). The paper's alpha of 20 learns less and knows
-no more of the old tests at the end (`model_cards/others.md`). A phase of 200 steps is too short for an ensemble of
+no more of the old tests at the end (`model_cards/variants.md`). A phase of 200 steps is too short for an ensemble of
 every 100."""
 
 VALIDATION_PHASES = 2
