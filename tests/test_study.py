@@ -23,12 +23,13 @@ import towers  # noqa: E402
 from cells import FAILED, STUDY, Cell, failure, is_finished  # noqa: E402
 from measures import METRIC, METRICS, spread  # noqa: E402
 
-from hf_modx import build_recipe  # noqa: E402
+from hf_modx import ModXTrainingArguments, build_recipe  # noqa: E402
 from hf_modx.data.loading import at_most  # noqa: E402
 from hf_modx.demo import DEMO_STREAMS  # noqa: E402
 from hf_modx.files import read_json  # noqa: E402
 from hf_modx.interruption import StopOnSignal  # noqa: E402
 from hf_modx.recipes import check_teachers  # noqa: E402
+from hf_modx.yaml_arguments import parse_arguments  # noqa: E402
 
 import continual_clip  # noqa: E402
 
@@ -167,7 +168,23 @@ def test_entry_may_start_from_the_base_of_its_stream_and_seed(tmp_path):
     entries.write_text('recipes:\n  small: {per_device_train_batch_size: 64, model_name_or_path: "{base}"}')
     runs = plan("--recipes", "small", "--recipe_file", str(entries), "--seeds", "3,4", "--output_dir", str(tmp_path))
     bases = {(run.stream, run.seed): str(run.folder / "phase-0") for run in runs if run.recipe == "frozen"}
-    assert {(run.stream, run.seed): run.flags[-1] for run in runs if run.recipe == "small"} == bases
+    small = [run for run in runs if run.recipe == "small"]
+    assert {(run.stream, run.seed): run.flags[-1] for run in small} == bases
+
+
+def test_entry_that_starts_from_the_base_differs_in_nothing_that_it_does_not_name(tmp_path):
+    """A run that is given its model does not take the built-in stream's defaults by itself."""
+    entries = tmp_path / "recipes.yaml"
+    entries.write_text('recipes:\n  small: {recipe: finetune, max_steps: 400, model_name_or_path: "{base}"}')
+    *_, plain = plan("--recipes", "finetune", "--output_dir", str(tmp_path))
+    *_, small = plan("--recipes", "small", "--recipe_file", str(entries), "--output_dir", str(tmp_path))
+    kinds = (continual_clip.ScriptArguments, ModXTrainingArguments)
+    found = [
+        parse_arguments(kinds, [*run.argv, "--use_cpu", "true"], continual_clip.defaults)[1] for run in (plain, small)
+    ]
+    settings, others = (args.to_dict() for args in found)
+    changed = {name for name in settings if settings[name] != others[name]}
+    assert changed == {"max_steps", "output_dir"}
 
 
 def test_options_are_not_chosen_on_the_seeds_of_the_tables(capsys):

@@ -1,7 +1,7 @@
 """Whether alpha means the same in batches of other sizes: as it is, and with `reference_batch_size`.
 
     python examples/study/batch_size.py --seeds 0,1 --max_steps 100
-    python examples/study/batch_size.py --seeds 2,3 --recipes batch_pairs
+    python examples/study/batch_size.py --seeds 2 --recipes batch_pairs
 
 The first takes as many steps in batches of 128, 256 and 512, the second sees as many pairs in batches of 64, 256 and
 1,024. Options are those of `run.py`, whose entries of the sets `batch` and `batch_pairs` it runs on the domain stream,

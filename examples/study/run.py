@@ -40,6 +40,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import tables  # noqa: E402
 from cells import FAILED, STUDY, Cell, failure, is_finished, read_cells  # noqa: E402
 
+from hf_modx.demo import DEMO_DEFAULTS  # noqa: E402
 from hf_modx.files import read_json, write_json, write_text  # noqa: E402
 from hf_modx.interruption import Interrupted  # noqa: E402
 
@@ -191,6 +192,7 @@ def flags_of(
     own = {key: value for key, value in entry.items() if key not in ("front", "streams")}
     settings = {
         **FLAGS,
+        **(DEMO_DEFAULTS if ITS_MODEL in own.values() else {}),  # not those of a run that is given its model
         **FORMS[options.form],
         "demo_stream": stream,
         "seed": seed,
