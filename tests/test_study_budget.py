@@ -56,6 +56,15 @@ def test_table_of_batch_sizes_has_difference_and_spread():
     assert "reference" not in table  # its runs are not finished
 
 
+def test_batch_sizes_are_compared_over_the_seeds_that_all_of_them_have():
+    cells = [cell(recipe, 2, KEEPS, [(1, None)] * 2) for recipe in ("modx-p64", "modx-p256", "modx-p1024")]
+    further = cell("modx-p64", 3, FORGETS, [(1, None)] * 2)  # as that of another comparison
+    table = batch_size.batch_tables([*cells, further])
+    assert "| plain alpha | plasticity | 25.0 | 25.0 | 25.0 | 0.0 |" in table
+    only_others = [cell("modx-p64", 3, FORGETS, [(1, None)] * 2), *cells[1:]]
+    assert batch_size.batch_tables(only_others) == ""
+
+
 def test_batches_with_as_many_pairs_have_a_table_of_their_own():
     matrices = {"modx-p64": KEEPS, "modx-ref64-p256": KEEPS, "modx-ref64-p1024": FORGETS}
     table = batch_size.batch_tables([cell(recipe, 2, matrix, [(1, None)] * 2) for recipe, matrix in matrices.items()])

@@ -43,14 +43,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def batch_tables(cells: Sequence[Cell]) -> str:
-    """Markdown, a table for each of the two comparisons: measures by batch size, and the largest difference beside the
-    largest spread. Groups that have not run are left out."""
+    """Markdown, a table for each of the two comparisons: measures by batch size over the seeds that all sizes have,
+    and the largest difference beside the largest spread. Groups without such a seed are left out."""
     found = finished(cells)
     return "\n".join(filter(None, (batch_table(found, groups) for groups in (AS_MANY_STEPS, AS_MANY_PAIRS))))
 
 
 def batch_table(found: Mapping[str, Mapping[int, Cell]], groups: Mapping[str, Mapping[int, str]]) -> str:
-    """Markdown, empty where no group has run.
+    """Markdown, empty where no group has a seed of all sizes.
 
     Args:
         found: by recipe and seed.
@@ -58,11 +58,13 @@ def batch_table(found: Mapping[str, Mapping[int, Cell]], groups: Mapping[str, Ma
     """
     rows = []
     for group, recipes in groups.items():
-        if any(recipe not in found for recipe in recipes.values()):
+        # A seed that one size alone has would stand as a difference between sizes.
+        seeds = set.intersection(*(set(found.get(recipe, ())) for recipe in recipes.values()))
+        if not seeds:
             continue
         for measure in MEASURES:
             by_size = [
-                spread({seed: measures(cell.results, METRIC)[measure] for seed, cell in found[recipe].items()})
+                spread({seed: measures(found[recipe][seed].results, METRIC)[measure] for seed in sorted(seeds)})
                 for recipe in recipes.values()
             ]
             means = [of_size["mean"] for of_size in by_size]
