@@ -74,7 +74,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("study", type=Path, help="folder of a study, with STREAM/RECIPE-seedN in it")
     parser.add_argument("--recipes", default="finetune,modx", help="comma-separated; default: finetune,modx")
     parser.add_argument("--output_dir", type=Path, help="default: the study")
-    parser.add_argument("--fit_samples", type=int, default=4000, help="pairs of all phases that maps are fitted on")
+    parser.add_argument("--fit_samples", type=int, default=4000, help="pairs of base and phases, in equal shares")
     parser.add_argument("--batch_size", type=int, default=64, help="images embedded at once")
     options = parser.parse_args(argv)
     options.output_dir = options.output_dir or options.study
@@ -138,10 +138,10 @@ def explained(options: argparse.Namespace) -> str:
         "Recall@1 in percent, mean ± standard deviation over the seeds, of the tests that were learned before the"
         " phase, and of the one that it teaches; mean over tests and phases. The index holds the old model's "
         "embeddings, the queries are the new model's. Re-aligned: turned by one orthogonal map, fitted on "
-        f"training pairs that were learned before, at most {options.fit_samples} of base and phases together. A "
-        "rebuilt index holds the new model's embeddings. Turned back: so it does, but each of the new towers is "
-        "turned by the inverse of its own map; what this gives back of the recall has been lost to a rotation of "
-        "the towers against each other."
+        "training pairs of the base and of each phase that was learned before, on an equal share of each "
+        f"({options.fit_samples} for base and all phases). A rebuilt index holds the new model's embeddings. Turned "
+        "back: so it does, but each of the new towers is turned by the inverse of its own map; what this gives "
+        "back of the recall has been lost to a rotation of the towers against each other."
     )
 
 
