@@ -311,6 +311,16 @@ def test_a_model_that_finds_nothing_is_named():
     assert not measures.has_collapsed({"matrix": {"image_to_text_recall@10": matrix[:2]}})
 
 
+def test_stream_of_one_phase_without_a_base_has_nothing_to_forget():
+    matrix = {metric: [[0.1], [0.5]] for metric in METRICS}
+    found = {"phases": ["one"], "tests": ["one"], "learned_at": [1], "matrix": matrix}
+    cells = [Cell("own", name, 0, None, Path("nowhere"), found, "finished") for name in ("finetune", "modx")]
+    told = tables.measured(measures.summary(cells)["modx"][METRIC])
+    assert (told["plasticity"], told["last"], told["last - finetune"]) == ("50.0", "50.0", "+0.0")
+    nothing = ("old, end", "forgetting", "forgetting - finetune", "relative forgetting", "forgetting removed")
+    assert {told[name] for name in nothing} == {"n.d."}
+
+
 def test_difference_is_paired_by_seed_with_a_t_interval():
     found = measures.paired(spread({0: 0.5, 1: 0.7, 2: 0.6}), spread({2: 0.3, 1: 0.5, 0: 0.4, 7: 0.9}))
     assert found["seeds"] == 3 and found["mean"] == pytest.approx((0.1 + 0.2 + 0.3) / 3)

@@ -15,9 +15,9 @@ METRICS = (METRIC, "image_to_text_recall@5", "image_to_text_mrr", "text_to_image
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
-def measures(results: Mapping[str, Any], metric: str) -> dict[str, float]:
+def measures(results: Mapping[str, Any], metric: str) -> dict[str, float | None]:
     """The numbers of `tables.DEFINITIONS` for one run, as fractions; `reached` is every test right after what teaches
-    it, the base included."""
+    it, the base included. None of old tests where there is none: in one phase without a base."""
     matrix, last = results["matrix"][metric], len(results["phases"])
     taught = [(test, phase) for test, phase in enumerate(results["learned_at"]) if isinstance(phase, int)]
     old = [(test, phase) for test, phase in taught if phase < last]
@@ -64,7 +64,8 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
     found["last_less_finetune"] = paired(own["last"], finetune["last"])
     found["forgetting_less_finetune"] = paired(own["forgetting"], finetune["forgetting"])
     for measure in ("plasticity", "forgetting"):
-        both = (mean(part[measure]["by_seed"][seed] for seed in shared) for part in (own, finetune))
+        by_seeds = (part[measure]["by_seed"] for part in (own, finetune))
+        both = (mean(by_seed[seed] for seed in shared if seed in by_seed) for by_seed in by_seeds)
         found[f"relative_{measure}"] = ratio(*both)
     lost = paired(spread({seed: finetune["reached"]["by_seed"][seed] for seed in shared}), finetune["last"])
     gained = found["last_less_finetune"]
@@ -75,10 +76,11 @@ def comparisons(own: Mapping, finetune: Mapping | None, joint: Mapping | None) -
     return found
 
 
-def spread(by_seed: Mapping[int, float]) -> dict[str, Any]:
-    values = list(by_seed.values())
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": mean(values), "deviation": deviation, "by_seed": dict(by_seed)}
+def spread(by_seed: Mapping[int, float | None]) -> dict[str, Any]:
+    """Over the seeds that have the measure; a mean of None where none has."""
+    found = {seed: value for seed, value in by_seed.items() if value is not None}
+    deviation = statistics.stdev(found.values()) if len(found) > 1 else None
+    return {"mean": mean(found.values()), "deviation": deviation, "by_seed": found}
 
 
 def paired(one: Mapping, other: Mapping) -> dict[str, Any]:

@@ -259,6 +259,8 @@ def seeds(runs: Mapping[int, Cell]) -> str:
 
 
 def plus_minus(value: Mapping[str, Any]) -> str:
+    if value["mean"] is None:
+        return "n.d."
     deviation = f" ± {100 * value['deviation']:.1f}" if value["deviation"] is not None else ""
     return f"{100 * value['mean']:.1f}{deviation}"
 
