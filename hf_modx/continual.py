@@ -611,9 +611,9 @@ class ContinualRun:
 
     def _write_results(self, number: int) -> None:
         """The card of a phase, and then the results, which make it a finished one."""
-        results = self._results(len(self.table.rows) - 1)
-        self._write_card(number, results)
-        write_json(self.folder / RESULTS, results)
+        if self.phase_folder(number).exists():
+            self._write_card(number, self._results(number))
+        write_json(self.folder / RESULTS, self._results(len(self.table.rows) - 1))
 
     def _write_card(self, number: int, results: Mapping[str, Any]) -> None:
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}

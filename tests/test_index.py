@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -369,6 +370,14 @@ def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
     row = {"may": {}}
     RunCrossPhase(gone).complete(1, row, {"may": None})
     assert row == {"may": {}} and "The index of 'may' cannot be asked. phase-0 is not there" in caplog.text
+
+
+def test_phase_that_is_gone_gets_no_card(make_args):
+    run, _ = finish(make_args(max_steps=2), make_stream(1))
+    shutil.rmtree(run.phase_folder(1))
+    _, results = finish(make_args(max_steps=2, cross_phase=True), make_stream(1))
+    assert results["matrix"]["cross_phase_text_to_image_recall@1"][1][1] is not None
+    assert not run.phase_folder(1).exists()
 
 
 # ---- In the study ----
