@@ -211,6 +211,33 @@ def test_other_recipe_begins_with_what_it_can_know(tmp_path, caplog):
     assert "EWC: nothing is known of the phases up to phase-2" in caplog.text
 
 
+def test_settings_that_nothing_was_trained_with_leave_no_trace(tmp_path):
+    make_up_run(tmp_path, 2)
+    first = record_of(tmp_path)["identity"]
+
+    def go_on(**changes):
+        identity = {**first, **changes}
+        found = reopen(tmp_path, identity, [])
+        (tmp_path / "run.json").write_text(json.dumps({**record_of(tmp_path), **found, "identity": identity}))
+        return found["history"]
+
+    for recipe in ("other", "a third one"):
+        assert go_on(recipe=recipe) == [{"until_phase": 2, "identity": first}]
+    assert go_on() == []
+
+
+def test_phase_is_told_with_what_it_was_trained_with(run, tmp_path):  # noqa: F811
+    """Also where its card is written anew, because a longer stream has one more test."""
+    run(make_stream(1), "finetune")
+    rollback(tmp_path / "out", 1)
+    again = run(make_stream(2), "modx")
+    cards = [(again.phase_folder(k) / "README.md").read_text() for k in (1, 2)]
+    assert "with the recipe finetune of hf_modx" in cards[0] and "| ModX |" not in cards[0] and "| part 2" in cards[0]
+    assert "with the recipe modx of hf_modx" in cards[1] and "| ModX |" in cards[1]
+    rollback(tmp_path / "out", 1)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["recipe"] == "finetune"
+
+
 def test_wrong_rollbacks_end_with_the_reason(tmp_path, capsys):
     folder = tmp_path / "run"
     make_up_run(folder, 2)

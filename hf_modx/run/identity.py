@@ -173,6 +173,18 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     return found
 
 
+def identity_of_phase(history: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """The identity of a run as it was when a phase was trained: with other settings than now, where a rollback has
+    permitted it since.
+
+    Args:
+        history: see `hf_modx.rollback.reopen`.
+        identity: of now.
+        number: of the phase.
+    """
+    return next((entry["identity"] for entry in history if entry["until_phase"] >= number), identity)
+
+
 def refused_changes(record: Mapping[str, Any], now: Mapping[str, Any], trained: int) -> list[str]:
     """What differs between a run as run.json knows it and a start of it, and must not: all, or after a rollback only
     what concerns the phases before.
