@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import load_from_disk
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from test_hub import REPO, branches, commits, content, make_run, on_disk, tags  # noqa: F401 - a fixture
 
-from hf_modx import ContinualRun, ModXTrainingArguments, PhaseStream
+from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainingArguments, PhaseStream
+from hf_modx.callbacks import EWC, ExperienceReplay
+from hf_modx.callbacks.base import pack_states, unpack_states
 from hf_modx.cli import main
 from hf_modx.deletion import forget
 from hf_modx.files import write_text
@@ -197,6 +200,19 @@ def test_adapters_are_stacked_on_such_as_they_are():
     assert "lora_rank was 4 and is 8" in changes(kept, larger, settled=1)[0]
     assert changes(kept, careful, settled=1) == changes(plain, merged, settled=1) == []
     assert changes(kept, plain, settled=0) == []
+
+
+def test_what_a_callback_keeps_is_found_where_others_have_come_before_it():
+    """As in a recipe that goes on after a rollback."""
+    weights = {"text_projection.weight": torch.ones(2)}
+    ewc = EWC()
+    ewc.load_state_dict(weights)
+    packed, later = pack_states([Contrastive(), ewc]), EWC()
+    unpack_states([ModX(), ExperienceReplay(contrastive=False), later], packed)
+    assert same(weights, later.state_dict())
+    two = [EWC(), EWC()]
+    unpack_states(two, packed)
+    assert not two[0].state_dict() and same(weights, two[1].state_dict())
 
 
 def test_other_recipe_begins_with_what_it_can_know(tmp_path, caplog):
