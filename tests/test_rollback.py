@@ -202,6 +202,27 @@ def test_adapters_are_stacked_on_such_as_they_are():
     assert changes(kept, plain, settled=0) == []
 
 
+def test_answers_of_a_teacher_are_those_to_the_references_that_were_asked():
+    settings = {"teacher": "initial", "image_source": "base", "text_source": "base"}
+    plain, initial, previous, named, others = (
+        {"hyperparameters": {"peft": None}, "phases": [{"name": "a"}], "tests": {}, "recipe_args": recipe}
+        for recipe in (
+            {"ModX": {}},
+            *(
+                {"ReferenceDistillation": {**settings, **changed}}
+                for changed in ({}, {"teacher": "previous"}, {"teacher": "phase-0 (12ab)"}, {"image_source": "34cd"})
+            ),
+        )
+    )
+    for before in (plain, previous):
+        (told,) = changes(before, initial, settled=1)
+        assert '--recipe_args \'{"teacher": "RUN/phase-0"}\'' in told
+        assert changes(before, named, settled=1) == changes(before, initial, settled=0) == []
+    assert "teacher of ReferenceDistillation was 'initial' and is 'phase-0" in changes(initial, named, settled=1)[0]
+    assert "image_source of ReferenceDistillation was 'base'" in changes(initial, others, settled=1)[0]
+    assert changes(initial, previous, settled=1) == changes(initial, plain, settled=1) == []
+
+
 def test_what_a_callback_keeps_is_found_where_others_have_come_before_it():
     """As in a recipe that goes on after a rollback."""
     weights = {"text_projection.weight": torch.ones(2)}
