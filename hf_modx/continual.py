@@ -58,7 +58,13 @@ from .run.folder import (
     refuse_unfinished_rollback,
     state_file,
 )
-from .run.identity import refuse_other_weights, refused_changes, run_identity, weights_fingerprint
+from .run.identity import (
+    identity_of_phase,
+    refuse_other_weights,
+    refused_changes,
+    run_identity,
+    weights_fingerprint,
+)
 from .run.lock import alone_in
 from .run.provenance import adapter_base, data_source, model_source
 from .run.results import RunResults
@@ -611,19 +617,22 @@ class ContinualRun:
 
     def _write_results(self, number: int) -> None:
         """The card of a phase, and then the results, which make it a finished one."""
-        results = self._results(len(self.table.rows) - 1)
-        self._write_card(number, results)
-        write_json(self.folder / RESULTS, results)
+        if self.phase_folder(number).exists():
+            self._write_card(number, self._results(number))
+        write_json(self.folder / RESULTS, self._results(len(self.table.rows) - 1))
 
     def _write_card(self, number: int, results: Mapping[str, Any]) -> None:
         published = {} if self.hub is None else {"repo_id": self.hub.repo_id, "revision": f"phase-{number}"}
         config = phase_config(self.folder, number)
-        write_phase_card(self.phase_folder(number), self.identity, results, number, config=config, **published)
+        then = identity_of_phase(self._ids.get("history", []), self.identity, number)
+        identity = {**self.identity, **{name: then[name] for name in ("recipe_args", "hyperparameters")}}
+        write_phase_card(self.phase_folder(number), identity, results, number, config=config, **published)
 
     def _results(self, number: int) -> dict[str, Any]:
         """The results as they are after a phase."""
+        history = self._ids.get("history", [])
         return {
-            "recipe": self.recipe_name,
+            "recipe": identity_of_phase(history, self.identity, number)["recipe"],
             **self.table.results(number),
             "training": [self._training_record(k) for k in range(1, number + 1)],
             "model": self.source,
@@ -635,7 +644,7 @@ class ContinualRun:
                 if bad
             },
             **self.deletions.results(number),
-            **history_in_words(self._ids.get("history", []), self.identity, number),
+            **history_in_words(history, self.identity, number),
         }
 
     def _training_record(self, number: int) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from .run.folder import (
     refuse_unfinished_rollback,
     state_file,
 )
-from .run.identity import setting_changes
+from .run.identity import identity_of_phase, setting_changes
 from .run.lock import alone_in
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ def _rollback(run: Path, number: int) -> list[str]:
     deletions = Deletions(run, ("", ""))  # which asks for no columns
     record = _record_after(read_json(run / RECORD), number, len(deletions))
     results = _results_after(read_json(run / RESULTS), number) | deletions.results(number)
+    results["recipe"] = record["identity"]["recipe"]
     published = read_json(run / PUBLISHED)
     if published is None:
         write_json(run / JOURNAL, {"to": number})
@@ -107,9 +108,11 @@ def reopen(run: Path, identity: Mapping[str, Any], keepers: list[str]) -> dict[s
     if before["recipe_args"] != identity["recipe_args"]:
         _forget_other_recipe(run)
         _begin_to_keep(run, last, [name for name in keepers if name not in before["recipe_args"]])
+    if history and history[-1]["until_phase"] == last:  # with the settings since then nothing was trained
+        before, history = history[-1]["identity"], history[:-1]
     if last > 0 and setting_changes(before, identity):
         history = [*history, {"until_phase": last, "identity": before}]
-    return {"history": history} if history else {}
+    return {"history": history} if history or "history" in record else {}
 
 
 def history_in_words(history: list[Mapping[str, Any]], identity: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -143,7 +146,7 @@ def _record_after(record: Mapping[str, Any], number: int, deletions: int) -> dic
     run was asked to forget since then stays asked: without deleted.json it is refused here and elsewhere."""
     history = record.get("history", [])
     kept = [entry for entry in history if entry["until_phase"] < number]
-    of_phase = history[len(kept)]["identity"] if len(kept) < len(history) else record["identity"]
+    of_phase = identity_of_phase(history, record["identity"], number)
     asked = max(deletions, record["identity"].get("deletions", 0))
     return {**record, "identity": {**of_phase, "deletions": asked}, "history": kept, "rolled_back_to": number}
 

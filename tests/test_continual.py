@@ -248,6 +248,16 @@ def test_phase_whose_folder_is_gone_is_not_trained_again(run, started_again, tmp
     assert results(second)["matrix"]["image_to_text_recall@1"][1][3] is None
 
 
+def test_run_of_which_only_the_results_are_left_keeps_them(run, started_again, tmp_path):
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    for number in (1, 2):
+        shutil.rmtree(tmp_path / "out" / f"phase-{number}")
+    assert not run().phase_folder(1).exists()
+    with pytest.raises(ValueError, match="recipe was 'modx' and is 'finetune'"):
+        run(recipe="finetune")
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_interruption_after_the_last_step_takes_no_step_more(run, make_args, tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}

@@ -137,6 +137,16 @@ def test_forgotten_pairs_leave_the_memory_and_later_phases(run, tmp_path, capsys
     assert "Deleted on request" not in (grown.phase_folder(1) / "README.md").read_text()
 
 
+def test_card_that_a_longer_stream_writes_anew_is_that_of_its_phase(run, tmp_path):
+    run(make_stream(1))
+    forget(tmp_path / "out", [2])
+    run(make_stream(2))
+    grown = run(make_stream(3))
+    cards = [(grown.phase_folder(k) / "README.md").read_text() for k in (1, 2, 3)]
+    assert ["Deleted on request" in card for card in cards] == [False, True, True]
+    assert "| part 3" in cards[0]
+
+
 def test_pairs_are_forgotten_in_whatever_format_the_data_are(tmp_path):
     pairs = tiny_pairs(6)
     image = image_digests(pairs, "image")[4].hex()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -14,13 +15,14 @@ from test_callbacks import context_of, random_pairs
 from test_disorder import finish, turn, unit
 from transformers import CLIPModel
 
-from hf_modx import Contrastive, ModXTrainer, ModXTrainingArguments
+from hf_modx import ContinualRun, Contrastive, ModXTrainer, ModXTrainingArguments, Phase, PhaseStream
 from hf_modx.callbacks import Anchor
 from hf_modx.cli import main
 from hf_modx.cli.index_check import advice
 from hf_modx.data import PairCollator, PairDataset
 from hf_modx.evaluation import EncodedPairs, cross_phase_metrics, encode_pairs, retrieval_metrics
 from hf_modx.evaluation.cross_phase import index_recalls
+from hf_modx.evaluation.suite import ZeroShotTest
 from hf_modx.index import IndexAlignment, align_index
 from hf_modx.losses import anchor_loss
 from hf_modx.report import read_run
@@ -351,6 +353,16 @@ def test_report_compares_the_kept_indexes_where_all_runs_have_one(finished):
     assert default_metrics({"finetune": [run], "modx": [without]}) == ["image_to_text_recall@1"]
 
 
+def test_tests_of_labels_have_no_index(model, processor, make_args):
+    table = make_stream(1).phases[0].test.remove_columns(["caption", "pair_id"]).add_column("label", [0, 1, 0])
+    tests = {"shapes": ZeroShotTest(table, class_names=["circle", "square"], learned_at=1)}
+    stream, args = PhaseStream((Phase("part 1", tiny_pairs(9)),)), make_args(max_steps=2, cross_phase=True)
+    run = ContinualRun(stream, "finetune", args, model=model, processing_class=processor, tests=tests)
+    run.run()
+    assert "zero_shot_top1" in run.metrics
+    assert not [metric for metric in run.metrics if metric.startswith("cross_phase")]
+
+
 def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
     def gone(number, test):
         raise FileNotFoundError("phase-0 is not there any more.")
@@ -358,6 +370,14 @@ def test_index_of_a_model_that_is_gone_cannot_be_asked(caplog):
     row = {"may": {}}
     RunCrossPhase(gone).complete(1, row, {"may": None})
     assert row == {"may": {}} and "The index of 'may' cannot be asked. phase-0 is not there" in caplog.text
+
+
+def test_phase_that_is_gone_gets_no_card(make_args):
+    run, _ = finish(make_args(max_steps=2), make_stream(1))
+    shutil.rmtree(run.phase_folder(1))
+    _, results = finish(make_args(max_steps=2, cross_phase=True), make_stream(1))
+    assert results["matrix"]["cross_phase_text_to_image_recall@1"][1][1] is not None
+    assert not run.phase_folder(1).exists()
 
 
 # ---- In the study ----

@@ -7,12 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import load_from_disk
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from test_hub import REPO, branches, commits, content, make_run, on_disk, tags  # noqa: F401 - a fixture
 
-from hf_modx import ContinualRun, ModXTrainingArguments, PhaseStream
+from hf_modx import ContinualRun, Contrastive, ModX, ModXTrainingArguments, PhaseStream
+from hf_modx.callbacks import EWC, ExperienceReplay
+from hf_modx.callbacks.base import pack_states, unpack_states
 from hf_modx.cli import main
 from hf_modx.deletion import forget
 from hf_modx.files import write_text
@@ -199,6 +202,40 @@ def test_adapters_are_stacked_on_such_as_they_are():
     assert changes(kept, plain, settled=0) == []
 
 
+def test_answers_of_a_teacher_are_those_to_the_references_that_were_asked():
+    settings = {"teacher": "initial", "image_source": "base", "text_source": "base"}
+    plain, initial, previous, named, others = (
+        {"hyperparameters": {"peft": None}, "phases": [{"name": "a"}], "tests": {}, "recipe_args": recipe}
+        for recipe in (
+            {"ModX": {}},
+            *(
+                {"ReferenceDistillation": {**settings, **changed}}
+                for changed in ({}, {"teacher": "previous"}, {"teacher": "phase-0 (12ab)"}, {"image_source": "34cd"})
+            ),
+        )
+    )
+    for before in (plain, previous):
+        (told,) = changes(before, initial, settled=1)
+        assert '--recipe_args \'{"teacher": "RUN/phase-0"}\'' in told
+        assert changes(before, named, settled=1) == changes(before, initial, settled=0) == []
+    assert "teacher of ReferenceDistillation was 'initial' and is 'phase-0" in changes(initial, named, settled=1)[0]
+    assert "image_source of ReferenceDistillation was 'base'" in changes(initial, others, settled=1)[0]
+    assert changes(initial, previous, settled=1) == changes(initial, plain, settled=1) == []
+
+
+def test_what_a_callback_keeps_is_found_where_others_have_come_before_it():
+    """As in a recipe that goes on after a rollback."""
+    weights = {"text_projection.weight": torch.ones(2)}
+    ewc = EWC()
+    ewc.load_state_dict(weights)
+    packed, later = pack_states([Contrastive(), ewc]), EWC()
+    unpack_states([ModX(), ExperienceReplay(contrastive=False), later], packed)
+    assert same(weights, later.state_dict())
+    two = [EWC(), EWC()]
+    unpack_states(two, packed)
+    assert not two[0].state_dict() and same(weights, two[1].state_dict())
+
+
 def test_other_recipe_begins_with_what_it_can_know(tmp_path, caplog):
     make_up_run(tmp_path, 2)
     identity = record_of(tmp_path)["identity"]
@@ -209,6 +246,33 @@ def test_other_recipe_begins_with_what_it_can_know(tmp_path, caplog):
     assert not (tmp_path / "memory").exists() and not (tmp_path / "state" / "phase-0.safetensors").exists()
     assert load_file(tmp_path / "state" / "phase-2.safetensors") == {}
     assert "EWC: nothing is known of the phases up to phase-2" in caplog.text
+
+
+def test_settings_that_nothing_was_trained_with_leave_no_trace(tmp_path):
+    make_up_run(tmp_path, 2)
+    first = record_of(tmp_path)["identity"]
+
+    def go_on(**changes):
+        identity = {**first, **changes}
+        found = reopen(tmp_path, identity, [])
+        (tmp_path / "run.json").write_text(json.dumps({**record_of(tmp_path), **found, "identity": identity}))
+        return found["history"]
+
+    for recipe in ("other", "a third one"):
+        assert go_on(recipe=recipe) == [{"until_phase": 2, "identity": first}]
+    assert go_on() == []
+
+
+def test_phase_is_told_with_what_it_was_trained_with(run, tmp_path):  # noqa: F811
+    """Also where its card is written anew, because a longer stream has one more test."""
+    run(make_stream(1), "finetune")
+    rollback(tmp_path / "out", 1)
+    again = run(make_stream(2), "modx")
+    cards = [(again.phase_folder(k) / "README.md").read_text() for k in (1, 2)]
+    assert "with the recipe finetune of hf_modx" in cards[0] and "| ModX |" not in cards[0] and "| part 2" in cards[0]
+    assert "with the recipe modx of hf_modx" in cards[1] and "| ModX |" in cards[1]
+    rollback(tmp_path / "out", 1)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["recipe"] == "finetune"
 
 
 def test_wrong_rollbacks_end_with_the_reason(tmp_path, capsys):

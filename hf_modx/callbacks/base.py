@@ -244,11 +244,15 @@ def pack_states(callbacks: Sequence[LossCallback]) -> dict[str, Tensor]:
 
 
 def unpack_states(callbacks: Sequence[LossCallback], packed: Mapping[str, Tensor]) -> None:
-    """Give the callbacks of the same recipe their states back; those that have none in it become as new."""
-    for index, callback in enumerate(callbacks):
-        prefix = _prefix(index, callback)
-        own = {name.removeprefix(prefix): tensor for name, tensor in packed.items() if name.startswith(prefix)}
-        callback.load_state_dict(own)
+    """Give the callbacks their states back; those that have none in it become as new. The only one of its class is
+    known wherever it stood: after a rollback the recipe may have others before it."""
+    classes = [type(callback).__name__ for callback in callbacks]
+    parts = [(*name.split(".", 2), tensor) for name, tensor in packed.items()]
+    for index, (callback, own_class) in enumerate(zip(callbacks, classes, strict=True)):
+        own = [(place, name, tensor) for place, of_class, name, tensor in parts if of_class == own_class]
+        if classes.count(own_class) > 1 or len({place for place, *_ in own}) > 1:
+            own = [(place, name, tensor) for place, name, tensor in own if place == str(index)]
+        callback.load_state_dict({name: tensor for _, name, tensor in own})
 
 
 def module_prefix(index: int, callback: LossCallback) -> str:

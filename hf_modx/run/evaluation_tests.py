@@ -69,7 +69,7 @@ class RunTests:
     def learned_at(self, names: Iterable[str] | None = None) -> dict[str, int | str | None]:
         """The phase that teaches each of these tests, of all by default."""
         of_stream = {name: learned_at for name, (_, learned_at) in self.pairs.items()}
-        return {name: {**of_stream, **self._taught}[name] for name in names or self.names}
+        return {name: {**of_stream, **self._taught}[name] for name in (self.names if names is None else names)}
 
     def measurements(self) -> dict[str, tuple[Dataset | LabelTest, Sequence[str]]]:
         """What `evaluate` takes of each test, and the metrics it gives."""

@@ -48,10 +48,11 @@ def has_trained(run: Path) -> bool:
 
 
 def last_trained(run: Path) -> int:
-    """The last phase of which a step was taken, or can have been; 0: none."""
+    """The last phase of which a step was taken, or can have been; 0: none. What has a row in the results was trained,
+    also where its folder was removed for room."""
     folders = [*run.glob("phase-[1-9]*"), *(path.parent for path in run.glob("checkpoints/*/checkpoint-*"))]
     found = [re.match(r"phase-(\d+)", folder.name) for folder in folders]
-    return max((int(match[1]) for match in found if match), default=0)
+    return max(0, finished_rows(run) - 1, *(int(match[1]) for match in found if match))
 
 
 def forget_start(run: Path) -> None:

@@ -54,6 +54,7 @@ HYPERPARAMETERS = [
 BEST = ["metric_for_best_model", "greater_is_better", "eval_strategy", "eval_steps"]
 PAIRS = ["same_pair_id", "pairs_in_batch"]
 STACKED = ["peft", "lora_merge", "lora_rank", "lora_alpha", "lora_targets"]
+REFERENCES = ["teacher", "image_source", "text_source"]
 LORA = ["lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "lora_merge", "train_logit_scale"]
 
 
@@ -115,7 +116,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: int | No
         settled: a phase up to which alone the two must agree, as after a rollback to it: settings, recipe, and the
             data of later phases and of their tests may differ.
     """
-    found = adapter_changes(before, now, settled) if settled is not None else setting_changes(before, now)
+    found = setting_changes(before, now)
+    if settled is not None:
+        found = adapter_changes(before, now, settled) + (reference_changes(before, now) if settled else [])
     asked, known = before.get("deletions", 0), now.get("deletions", 0)
     if asked > known:
         found.append(
@@ -160,6 +163,27 @@ def adapter_changes(before: Mapping[str, Any], now: Mapping[str, Any], settled: 
     ]
 
 
+def reference_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What keeps the phases after a rollback from asking the teacher of a `ReferenceDistillation`, whose answers the
+    phases hand on."""
+    old, new = (identity.get("recipe_args", {}).get("ReferenceDistillation", {}) for identity in (before, now))
+    if new.get("teacher", "previous") == "previous":
+        return []
+    if old.get("teacher", "previous") == "previous":
+        told = (
+            "ReferenceDistillation asks the model that the run began with, and the phases so far have not kept what "
+            'it says: name that model, as in --recipe_args \'{"teacher": "RUN/phase-0"}\''
+        )
+        return [told] if new["teacher"] == "initial" else []
+    return [
+        f"{name} of ReferenceDistillation was {old.get(name)!r} and is {new.get(name)!r}, and what the teacher has "
+        "said of the references is handed on (for others start a new run from a finished phase: --model_name_or_path "
+        "RUN/phase-K)"
+        for name in REFERENCES
+        if old.get(name) != new.get(name)
+    ]
+
+
 def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How recipe, options and hyper-parameters of two identities differ, in words."""
     found = []
@@ -171,6 +195,20 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         if old != value:
             found.append(f"{name} was {old!r} and is {value!r}")
     return found
+
+
+def identity_of_phase(
+    history: Sequence[Mapping[str, Any]], identity: Mapping[str, Any], number: int
+) -> Mapping[str, Any]:
+    """The identity of a run as it was when a phase was trained: with other settings than now, where a rollback has
+    permitted it since.
+
+    Args:
+        history: see `hf_modx.rollback.reopen`.
+        identity: of now.
+        number: of the phase.
+    """
+    return next((entry["identity"] for entry in history if entry["until_phase"] >= number), identity)
 
 
 def refused_changes(record: Mapping[str, Any], now: Mapping[str, Any], trained: int) -> list[str]:
