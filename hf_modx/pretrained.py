@@ -47,11 +47,13 @@ def load_dual_encoder(
         dtype: of its weights; "auto": as they are stored.
 
     Raises:
-        OSError: there is no such model.
+        OSError: there is no such folder, or no such model on the Hub.
         ImportError: it is an adapter, and PEFT is missing.
         TypeError: it is no dual encoder, or its processor has no image processor or no tokenizer.
     """
     name, revision = split_revision(model)
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder {name}, and an id on the Hub is NAME or OWNER/NAME.")
     encoder = load_model(name, revision, dtype)
     check_dual_encoder(encoder)
     processor = AutoProcessor.from_pretrained(name, revision=revision)

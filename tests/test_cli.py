@@ -182,6 +182,8 @@ def test_wrong_merges_end_with_the_reason(place, tmp_path, fails):
     out = ("--output_dir", tmp_path / "merged")
     assert "must be in [0, 1], got 2.0" in fails("merge", *models, *out, "--weight", "2")
     assert "is not empty" in fails("merge", *models, "--output_dir", place)
+    missing = place / "modx" / "phase-9"
+    assert f"There is no folder {missing}, and an id on the Hub" in fails("merge", models[0], missing, *out)
 
 
 # ---- demo-data ----
